@@ -1,0 +1,32 @@
+PYTHON ?= python3
+BIN    := .venv/bin
+ARGS   ?=
+
+.PHONY: help setup run test lint format reproduce zoo clean
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+.venv/run: requirements.txt  # a stamp: the runtime packages are in
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -r requirements.txt
+	touch $@
+
+.venv/dev: .venv/run requirements-dev.txt  # a stamp: so are the test tools
+	$(BIN)/pip install -q -r requirements-dev.txt
+	touch $@
+
+setup: .venv/run  ## make .venv with the five runtime packages
+
+run: .venv/run  ## M0 -> M1 -> M2 -> M3 on the zoo, then the report (ARGS="--seed 1" passes flags)
+	$(BIN)/torchrun train.py --iters 3 $(ARGS)
+	$(BIN)/python judge.py runs/zoo
+
+test: .venv/dev  ## all tests
+	$(BIN)/python -m pytest -q tests $(ARGS)
+
+lint: .venv/dev  ## ruff: format and rules
+	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+
+format: .venv/dev  ## let ruff format the code
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .

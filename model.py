@@ -1,0 +1,508 @@
+"""model.py: token ids -> logits. Llama 2 by hand, its tokenizer and chat format, and its files.
+
+A checkpoint means weights + vocabulary + chat format, so all three live here. Modules carry the names of the
+Hugging Face layout, so the state dict *is* the file format: transformers, vLLM and llama.cpp read what we write.
+Layers know nothing of processes: head counts are inferred, and the plan for many GPUs is applied from outside,
+below the last rule of this file.
+
+Left out: training tricks (train.py), sampling (sample.py), RoPE scaling, biases, other architectures.
+
+Shapes: B batch, T time, S cached time, D width, H heads, K key/value heads, hd head size, V vocabulary.
+"""
+
+import json
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+
+class BadInput(Exception):
+    """What the user gave cannot be used. The message is one line: what, where, what to do."""
+
+
+# ---- the network -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a Llama (paper: Llama 2 70B; Touvron et al. 2023, section 2.2)."""
+
+    vocab_size: int = 32000
+    dim: int = 4096  # D
+    layers: int = 32
+    heads: int = 32  # H
+    kv_heads: int = 32  # K; fewer than heads is grouped-query attention
+    ffn: int = 11008  # hidden width of the SwiGLU
+    max_len: int = 4096  # the context: the longest sequence it was trained on
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tied: bool = False  # one matrix for the embedding and the head
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+
+CONFIGS = {
+    "toy": ModelConfig(vocab_size=1024, dim=160, layers=4, heads=4, kv_heads=2, ffn=432, max_len=512),
+    "7b": ModelConfig(),
+    "13b": ModelConfig(dim=5120, layers=40, heads=40, kv_heads=40, ffn=13824),
+    "70b": ModelConfig(dim=8192, layers=80, heads=64, kv_heads=8, ffn=28672),
+}
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        h = x.float()  # the mean of squares overflows and rounds badly in half precision
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        return h.type_as(x) * self.weight
+
+
+def rope_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary angles, (B, T) positions -> cos and sin, each (B, 1, T, hd/2) in fp32.
+
+    Computed from the positions at every forward pass: there is no buffer that a precision policy could round.
+    """
+    freqs = theta ** -(torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)  # (hd/2,)
+    angles = positions[:, None, :, None].float() * freqs  # (B, 1, T, hd/2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn the pairs (i, i + hd/2) of x (B, n, T, hd) by their angles: the half layout of Hugging Face files."""
+    lo, hi = x.float().chunk(2, dim=-1)
+    return torch.cat((lo * cos - hi * sin, hi * cos + lo * sin), dim=-1).type_as(x)
+
+
+def attend(q, k, v, mask=None):
+    """Softmax attention: q (B, H, T, hd), k and v (B, K, S, hd) -> (B, H, T, hd).
+
+    mask: (B, T, S), True where a query may look; None means causal. On CPU plain matrix products are faster than
+    the fused kernel at the sizes that a CPU can train, with the query heads of one group as rows of one product.
+    """
+    B, H, T, hd = q.shape
+    K, S = k.shape[1:3]
+    if q.is_cuda:
+        mask = None if mask is None else mask[:, None]
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=H != K)
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()[None]  # (1, T, S)
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
+    scores = (q * hd**-0.5).reshape(B, K, H // K * T, hd) @ k.transpose(2, 3)  # (B, K, H/K * T, S)
+    scores = scores.view(B, K, H // K, T, S) + bias[:, None, None]
+    weights = scores.softmax(dim=-1, dtype=torch.float32).type_as(v).view(B, K, H // K * T, S)
+    return (weights @ v).view(B, H, T, hd)
+
+
+class KVCache:
+    """Keys and values of `rows` sequences, all layers. Row b holds `length[b]` tokens in its first slots.
+
+    Right-padded prompts leave rubbish behind their end; nothing looks there (the mask stops at a query's own
+    position) and the next token of the row overwrites it.
+    """
+
+    def __init__(self, layers: int, rows: int, capacity: int, device=None):
+        self.capacity = capacity
+        self.length = torch.zeros(rows, dtype=torch.long, device=device)
+        self.used = 0  # max(length) as a plain number, so that no step asks the device for it
+        self.k: list[torch.Tensor | None] = [None] * layers  # (B, K, capacity, hd)
+        self.v: list[torch.Tensor | None] = [None] * layers
+
+    def put(self, layer: int, k, v, positions):
+        """Store k and v (B, K, T, hd) at `positions` (B, T); return all keys and values so far (B, K, S, hd)."""
+        if self.k[layer] is None:
+            shape = (*k.shape[:2], self.capacity, k.shape[3])
+            self.k[layer], self.v[layer] = k.new_zeros(shape), v.new_zeros(shape)
+        rows = torch.arange(len(k), device=k.device)[:, None]  # (B, 1)
+        end = self.used + k.shape[2]
+        for store, new in ((self.k[layer], k), (self.v[layer], v)):
+            store[rows, :, positions] = new.transpose(1, 2)  # indices (B, T) on both sides of the slice
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+
+    def advance(self, count: torch.Tensor, most: int):
+        """`count` (B,) real tokens were read, at most `most` in a row."""
+        self.length = self.length + count
+        self.used += most
+
+    def rows(self, index: torch.Tensor, capacity: int | None = None) -> "KVCache":
+        """A cache whose row i is a copy of our row index[i]: to drop, repeat or spread rows."""
+        new = KVCache(len(self.k), len(index), capacity or self.capacity, self.length.device)
+        new.length, new.used = self.length[index], self.used
+        for mine, theirs in ((self.k, new.k), (self.v, new.v)):
+            for i, old in enumerate(mine):
+                theirs[i] = old.new_zeros(len(index), old.shape[1], new.capacity, old.shape[3])
+                theirs[i][:, :, : self.used] = old[index, :, : self.used]
+        return new
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.head_dim = cfg.head_dim
+        self.q_proj = nn.Linear(cfg.dim, cfg.heads * cfg.head_dim, bias=False)
+        self.k_proj = nn.Linear(cfg.dim, cfg.kv_heads * cfg.head_dim, bias=False)
+        self.v_proj = nn.Linear(cfg.dim, cfg.kv_heads * cfg.head_dim, bias=False)
+        self.o_proj = nn.Linear(cfg.heads * cfg.head_dim, cfg.dim, bias=False)
+
+    def forward(self, x, rope, cache=None):
+        """x (B, T, D) -> (B, T, D). cache: (KVCache, layer, positions, mask), or None when training."""
+        B, T, _ = x.shape
+        q, k, v = (
+            proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H or K, T, hd)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k, mask = rotate(q, *rope), rotate(k, *rope), None
+        if cache is not None:
+            store, layer, positions, mask = cache
+            k, v = store.put(layer, k, v, positions)  # (B, K, S, hd)
+        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate x) * up x)."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.dim, cfg.ffn, bias=False)
+        self.up_proj = nn.Linear(cfg.dim, cfg.ffn, bias=False)
+        self.down_proj = nn.Linear(cfg.ffn, cfg.dim, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: ModelConfig, dropout: float):
+        super().__init__()
+        self.dropout = dropout
+        self.input_layernorm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.self_attn = Attention(cfg)
+        self.post_attention_layernorm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x, rope, cache=None):
+        x = x + F.dropout(self.self_attn(self.input_layernorm(x), rope, cache), self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training)
+
+
+class Llama(nn.Module):
+    """Llama 2. Released Llama code has no dropout, the paper trains with 0.1: it sits on both residual branches."""
+
+    def __init__(self, cfg: ModelConfig, dropout: float = 0.0):
+        super().__init__()
+        self.cfg = cfg
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.layers = nn.ModuleList(Block(cfg, dropout) for _ in range(cfg.layers))
+        self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.lm_head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
+        for p in self.parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+        if cfg.tied:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(self, tokens, cache: KVCache | None = None, readout=None):
+        """tokens (B, T) -> fp32 logits (B, T, V).
+
+        With a cache the tokens continue its rows, each at its own position. `readout(hidden, head)` replaces the
+        logits by what the caller needs of them; it runs inside forward, where FSDP has the head at hand.
+        """
+        start = torch.zeros(1, dtype=torch.long, device=tokens.device) if cache is None else cache.length
+        positions = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)  # (B or 1, T)
+        rope = rope_tables(positions, self.cfg.head_dim, self.cfg.rope_theta)
+        mask = None
+        if cache is not None:
+            slots = torch.arange(cache.used + tokens.shape[1], device=tokens.device)  # (S,)
+            mask = slots <= positions[:, :, None]  # (B, T, S)
+        x = self.embed_tokens(tokens)  # (B, T, D)
+        for i, block in enumerate(self.layers):
+            x = block(x, rope, None if cache is None else (cache, i, positions, mask))
+        x = self.norm(x)
+        return self.lm_head(x).float() if readout is None else readout(x, self.lm_head)
+
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        return KVCache(self.cfg.layers, rows, capacity, self.embed_tokens.weight.device)
+
+
+# ---- text <-> ids, and the one chat format -----------------------------------------------------------------
+
+
+class Tokenizer:
+    """A SentencePiece vocabulary and Llama 2's chat format: `[INST] prompt [/INST] response</s>`, one BOS.
+
+    Text never becomes a control token: "</s>" in a prompt is five characters, not the end of a sequence.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise BadInput(f"{self.path}: no tokenizer there; a checkpoint needs its tokenizer.model")
+        try:
+            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+        except (RuntimeError, OSError) as e:
+            raise BadInput(f"{self.path}: not a SentencePiece model; copy the tokenizer.model again") from e
+        self.bos, self.eos, self.size = self.sp.bos_id(), self.sp.eos_id(), self.sp.vocab_size()
+        self.newlines = [i for i in range(self.size) if "\n" in self._piece(i)]  # ids that end a line
+
+    def _piece(self, i: int) -> str:
+        piece = self.sp.id_to_piece(i)
+        return chr(int(piece[1:-1], 16)) if self.sp.is_byte(i) else piece
+
+    def encode(self, text: str) -> list[int]:
+        return self.sp.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.sp.decode(ids)
+
+    def raw(self, text: str) -> list[int]:
+        """Ids of plain text to be continued: BOS and the text, no chat format."""
+        return [self.bos, *self.encode(text)]
+
+    def chat(self, *turns: str) -> list[int]:
+        """Ids up to the point where the assistant speaks; turns are user, assistant, ..., user.
+
+        chat("Hi") = BOS + "[INST] Hi [/INST]". SFT, sampling, judging and DPO all build their ids here.
+        """
+        assert len(turns) % 2 == 1, "a chat that awaits an answer has an odd number of turns"
+        ids = []
+        for user, assistant in zip(turns[:-1:2], turns[1::2], strict=True):
+            ids += self.chat(user) + self.response(assistant)
+        return ids + self.raw(f"[INST] {turns[-1].strip()} [/INST]")
+
+    def response(self, text: str) -> list[int]:
+        """Ids of a finished answer. Its first token brings the space after [/INST] along."""
+        return [*self.encode(text.strip()), self.eos]
+
+
+# ---- files: config.json, model*.safetensors (+ index), tokenizer.model -------------------------------------
+
+IGNORED = ("rotary_emb.inv_freq", "rope.freqs")  # tables that older files store and we compute
+SHARD_BYTES = 4 << 30
+SHARD_INDEX = "model.safetensors.index.json"
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: not found; is {path.parent} a finished checkpoint or run folder?") from None
+    except ValueError as e:
+        raise BadInput(f"{path}: not valid JSON ({e}); copy or write it again") from None
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """config.json of transformers 4 or 5 -> ModelConfig."""
+    path = folder / "config.json"
+    d = read_json(path)
+    rope = d.get("rope_parameters") or d.get("rope_scaling") or {}
+    if d.get("model_type") != "llama":
+        raise BadInput(f"{path}: model_type is {d.get('model_type')!r}; only 'llama' checkpoints can be loaded")
+    for key, have, want in (
+        ("hidden_act", d.get("hidden_act", "silu"), "silu"),
+        ("attention_bias", d.get("attention_bias", False), False),
+        ("mlp_bias", d.get("mlp_bias", False), False),
+        ("rope type", rope.get("rope_type", rope.get("type", "default")), "default"),
+    ):
+        if have != want:
+            raise BadInput(f"{path}: {key} {have!r} is not Llama 2's {want!r}; this model cannot be loaded")
+    try:
+        cfg = ModelConfig(
+            vocab_size=d["vocab_size"],
+            dim=d["hidden_size"],
+            layers=d["num_hidden_layers"],
+            heads=d["num_attention_heads"],
+            kv_heads=d.get("num_key_value_heads") or d["num_attention_heads"],
+            ffn=d["intermediate_size"],
+            max_len=d["max_position_embeddings"],
+            norm_eps=d["rms_norm_eps"],
+            rope_theta=float(rope.get("rope_theta", d.get("rope_theta", 10000.0))),
+            tied=d.get("tie_word_embeddings", False),
+        )
+    except KeyError as e:
+        raise BadInput(f"{path}: {e} is missing; copy the checkpoint's config.json again") from None
+    if (d.get("head_dim") or cfg.head_dim) * cfg.heads != cfg.dim or cfg.heads % cfg.kv_heads:
+        raise BadInput(f"{path}: hidden_size, heads and head_dim do not fit together as in Llama 2")
+    return cfg
+
+
+def write_config(cfg: ModelConfig, tok: Tokenizer, dtype: torch.dtype, path: Path):
+    d = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.dim,
+        "num_hidden_layers": cfg.layers,
+        "num_attention_heads": cfg.heads,
+        "num_key_value_heads": cfg.kv_heads,
+        "intermediate_size": cfg.ffn,
+        "max_position_embeddings": cfg.max_len,
+        "rms_norm_eps": cfg.norm_eps,
+        "rope_theta": cfg.rope_theta,
+        "tie_word_embeddings": cfg.tied,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": tok.bos,
+        "eos_token_id": tok.eos,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    write_text(path, json.dumps(d, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str):
+    """Whole or not at all: what stands at `path` is never half-written."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def hf_name(name: str) -> str:
+    return name if name.startswith("lm_head") else "model." + name
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the safetensors file that holds it."""
+    index = folder / SHARD_INDEX
+    files = sorted({folder / f for f in read_json(index)["weight_map"].values()}) if index.exists() else []
+    where = {}
+    for file in files or [folder / "model.safetensors"]:
+        if not file.is_file():
+            raise BadInput(f"{file}: not found; the checkpoint is incomplete, copy it again")
+        try:
+            with safe_open(file, "pt") as f:
+                where |= {name: file for name in f.keys() if not name.endswith(IGNORED)}  # noqa: SIM118
+        except (SafetensorError, OSError) as e:
+            head = file.open("rb").read(64)
+            what = "a Git LFS pointer" if head.startswith(b"version https://git-lfs") else f"unreadable ({e})"
+            raise BadInput(f"{file}: {what}, not a whole safetensors file; download it again") from None
+    return where
+
+
+def some(names) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def load(folder: str | os.PathLike, dtype=torch.float32, device="cpu", dropout=0.0) -> tuple[Llama, Tokenizer]:
+    """Read a checkpoint folder; every tensor must be there and fit, or BadInput says which does not."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder; give the folder of a checkpoint (config.json, *.safetensors)")
+    cfg = read_config(folder)
+    tok = Tokenizer(folder / "tokenizer.model")
+    if tok.size != cfg.vocab_size:
+        raise BadInput(
+            f"{tok.path}: has {tok.size} pieces but config.json says vocab_size {cfg.vocab_size}; "
+            "take the tokenizer.model that belongs to this checkpoint"
+        )
+    with torch.device("meta"):
+        model = Llama(cfg, dropout)
+    model = model.to(dtype).to_empty(device=device)
+    if cfg.tied:
+        model.lm_head.weight = model.embed_tokens.weight  # to_empty has parted them
+    want = {hf_name(name): p for name, p in model.named_parameters()}
+    have = weight_files(folder)
+    extra = have.keys() - want.keys() - ({"lm_head.weight"} if cfg.tied else set())
+    if want.keys() - have.keys():
+        raise BadInput(f"{folder}: no weights named {some(want.keys() - have.keys())}; is this a whole Llama?")
+    if extra:
+        raise BadInput(f"{folder}: holds weights that a Llama has no place for: {some(extra)}")
+    for file in sorted(set(have.values())):
+        with safe_open(file, "pt", device=str(device)) as f, torch.no_grad():
+            for name in (n for n, at in have.items() if at == file and n in want):
+                tensor = f.get_tensor(name)
+                if tensor.shape != want[name].shape:
+                    a, b = tuple(tensor.shape), tuple(want[name].shape)
+                    raise BadInput(f"{file}: {name} has shape {a}, config.json asks for {b}; files do not match")
+                want[name].copy_(tensor)
+    return model, tok
+
+
+def save(model: Llama, tok: Tokenizer, folder: str | os.PathLike, dtype=torch.float32, write: bool = True):
+    """Write a checkpoint folder in Hugging Face layout; config.json comes last and marks it as complete.
+
+    Under FSDP every rank calls this (each tensor is gathered in turn) and one has write=True. One shard at a time
+    is in memory, never the full state.
+    """
+    folder = Path(folder)
+    params = list(model.named_parameters())
+    shards, filled = [[]], 0
+    for name, p in params:
+        size = p.numel() * dtype.itemsize
+        if shards[-1] and filled + size > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append((name, p))
+        filled += size
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    names = ["model.safetensors"] if len(shards) == 1 else names
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in [folder / "config.json", folder / SHARD_INDEX, *folder.glob("model*.safetensors")]:
+            old.unlink(missing_ok=True)
+    for file, shard in zip(names, shards, strict=True):
+        tensors = {}
+        for name, p in shard:
+            full = p.full_tensor() if isinstance(p, DTensor) else p
+            if write:
+                tensors[hf_name(name)] = full.detach().to("cpu", dtype).contiguous()
+        if write:
+            save_file(tensors, folder / (file + ".tmp"), metadata={"format": "pt"})
+            os.replace(folder / (file + ".tmp"), folder / file)
+    if write:
+        if len(shards) > 1:
+            total = sum(p.numel() for _, p in params) * dtype.itemsize
+            where = {hf_name(n): f for f, shard in zip(names, shards, strict=True) for n, _ in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            write_text(folder / SHARD_INDEX, json.dumps(index, indent=2) + "\n")
+        if tok.path.resolve() != (folder / "tokenizer.model").resolve():
+            (folder / "tokenizer.model").write_bytes(tok.path.read_bytes())
+        write_config(model.cfg, tok, dtype, folder / "config.json")
+
+
+# ---- many processes: applied from outside, in place --------------------------------------------------------
+
+
+def parallelize(model: Llama, mesh, dtype: torch.dtype):
+    """Shard the model over the dp axis of the mesh, block by block (FSDP2); master weights keep their type.
+
+    dtype is the type of compute; gradients are reduced in fp32. A block's parameters are gathered just before it
+    runs, so no rank ever holds the whole model while training.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for block in model.layers:
+        fully_shard(block, mesh=mesh["dp"], mp_policy=policy)
+    fully_shard(model, mesh=mesh["dp"], mp_policy=policy)
+
+
+@contextmanager
+def gathered(model: nn.Module):
+    """Every rank holds all parameters inside, so ranks may sample texts of different lengths.
+
+    Without it each forward pass is a collective, and a rank that makes one more than the others waits for ever.
+    """
+    sharded = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for m in sharded:
+        m.unshard()
+        m.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield model
+    finally:
+        for m in sharded:
+            m.set_reshard_after_forward(m is not model, recurse=False)
+            m.reshard()
