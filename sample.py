@@ -1,0 +1,340 @@
+"""sample.py: prompts -> text. The sampler, new prompts (`propose`) and candidate responses (`respond`).
+
+Paper section 2.3 and its appendix: new prompts are written few-shot and filtered as in Self-Instruct, then N = 4
+responses to each are drawn with temperature 0.7 and top-p 0.9.
+
+    python sample.py runs/zoo/M3                      chat in the terminal
+    python sample.py runs/zoo/M3 "What is an owl?"    answer once
+
+What is common to prompts is computed once: the ids that all prompts begin with (a judge's template) for the whole
+call, a prompt for its n samples. Every sample draws from random numbers of its own, keyed by what it is (seed,
+stage, prompt id, sample index), so batch order and number of processes change nothing.
+
+Left out: beam search, repetition penalties, continuous batching (a finished row leaves, none takes its place yet).
+"""
+
+import argparse
+import hashlib
+import os
+import random
+import re
+import string
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import torch
+
+from model import BadInput, Llama, Tokenizer, load
+
+# ---- one token ---------------------------------------------------------------------------------------------
+
+
+def uniforms(key: tuple, count: int) -> torch.Tensor:
+    """`count` random numbers in [0, 1) that depend on nothing but the key."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.rand(count, generator=torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1))
+
+
+def pick(logits, u, temperature: float, top_p: float, slice_size: int = 64):
+    """One token a row by inverting the cumulative distribution: logits (B, V) and u (B,) in [0, 1) -> ids (B,).
+
+    Top-p keeps the most likely tokens up to and including the one that crosses p, as Llama's released sampler
+    does. The nucleus is sought among the `slice_size` most likely tokens; only where these do not hold a mass of
+    p is the vocabulary sorted. Temperature 0 is greedy. Raises BadInput where logits are not finite.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = (logits / temperature).softmax(-1)
+    top, ids = probs.topk(min(slice_size, probs.shape[-1]))  # (B, slice), most likely first
+    if not (top.sum(-1) >= top_p).all():
+        bad = (~probs.isfinite().all(-1)).nonzero().flatten().tolist()
+        if bad:
+            raise BadInput(f"the model's logits are not finite (rows {bad[:5]}); its weights are damaged")
+        top, ids = probs.sort(dim=-1, descending=True)
+    before = top.cumsum(-1) - top
+    cumulative = (top * (before < top_p)).cumsum(-1)
+    choice = (cumulative <= u[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)  # (B, 1)
+    return ids.gather(-1, choice.clamp(max=ids.shape[-1] - 1)).squeeze(-1)
+
+
+# ---- many texts --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()  # also while the consumer of this generator is at work: it is restored at every yield
+def stream(
+    model: Llama,
+    prompts: list[list[int]],
+    keys: list[tuple],
+    *,
+    max_new: int,
+    stop: list[int],
+    n: int = 1,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    batch: int = 256,
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Decode n samples of every prompt, `batch` at a time; yields (rows, their next tokens), a step each.
+
+    Row i * n + k is sample k of prompt i. A row ends with a token of `stop`, or after max_new tokens without one.
+    """
+    if not 0 < top_p <= 1 or temperature < 0 or max_new < 1 or n < 1:
+        raise BadInput(
+            f"temperature {temperature}, top-p {top_p}, max_new {max_new}, n {n}: needs a temperature of 0 "
+            "(greedy) or more, 0 < top-p <= 1, and at least one token of one sample"
+        )
+    for i, ids in enumerate(prompts):
+        if len(ids) + max_new > model.cfg.max_len:
+            raise BadInput(
+                f"prompt {i} has {len(ids)} tokens; with {max_new} new ones that is more than the context of "
+                f"{model.cfg.max_len}: shorten it or allow fewer new tokens"
+            )
+    head = os.path.commonprefix(prompts)  # works on lists of ids as it does on strings
+    head = head[: min(map(len, prompts), default=0) - 1]  # each prompt keeps a token of its own to read logits from
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    step = max(1, batch // n)
+    prefix = model.new_cache(1, len(head))
+    if head:
+        model(torch.tensor([head], device=prefix.length.device), prefix, readout=lambda h, _: h[:, -1])
+        prefix.advance(torch.tensor([len(head)], device=prefix.length.device), len(head))
+    for at in range(0, len(order), step):
+        group = order[at : at + step]
+        tails = [prompts[i][len(head) :] for i in group]
+        u = torch.stack([uniforms((*keys[i], k), max_new) for i in group for k in range(n)])
+        rows = [i * n + k for i in group for k in range(n)]
+        yield from _decode(model, prefix, tails, rows, u, n, max_new, stop, temperature, top_p)
+
+
+def _decode(model, prefix, tails, rows, u, n, max_new, stop, temperature, top_p):
+    """The sampling loop of one batch: `tails` are what follows the shared prefix, rows and u have n per tail."""
+    device = prefix.length.device
+    lengths = torch.tensor([len(t) for t in tails], device=device)  # (B,)
+    longest = max(map(len, tails))
+    tokens = torch.zeros(len(tails), longest, dtype=torch.long, device=device)
+    for b, tail in enumerate(tails):
+        tokens[b, : len(tail)] = torch.tensor(tail)
+    capacity = prefix.used + longest + max_new
+    if prefix.used:
+        cache = prefix.rows(torch.zeros(len(tails), dtype=torch.long, device=device), capacity)
+    else:
+        cache = model.new_cache(len(tails), capacity)
+
+    def at_end(h, head):  # only a prompt's last token is read out, not the (B, T, V) logits
+        return head(h[torch.arange(len(h), device=device), lengths - 1]).float()
+
+    logits = model(tokens, cache, readout=at_end)  # (B, V)
+    cache.advance(lengths, longest)
+    if n > 1:
+        spread = torch.arange(len(tails), device=device).repeat_interleave(n)
+        cache, logits = cache.rows(spread), logits[spread]  # B * n rows from here on
+    u, ends = u.to(device), torch.tensor(stop, device=device)
+    rows, live = torch.tensor(rows), torch.ones(len(rows), dtype=torch.bool)
+    for step in range(max_new):
+        token = pick(logits, u[:, step], temperature, top_p)  # (rows,)
+        yield rows[live].tolist(), token.cpu()[live].tolist()
+        live &= ~torch.isin(token, ends).cpu()
+        if step + 1 == max_new or not live.any():
+            return
+        if live.sum() < 0.875 * len(live):  # rows that have ended are dropped when they are worth the copying
+            left = live.nonzero().flatten().to(device)
+            cache, token, u = cache.rows(left), token[left], u[left]
+            rows, live = rows[live], live[live]
+        logits = model(token[:, None], cache, readout=lambda h, head: head(h[:, -1]).float())
+        cache.advance(torch.ones_like(cache.length), 1)
+
+
+def generate(model: Llama, prompts, keys, *, stop, max_new, n: int = 1, tick: Callable = lambda *_: None, **knobs):
+    """n samples of every prompt: a list of n id lists for each, prompt excluded, stop token included.
+
+    `knobs` are those of `stream`; `tick(tokens, finished)` hears how many tokens came and how many samples ended.
+    """
+    out = [[] for _ in range(len(prompts) * n)]
+    for rows, tokens in stream(model, prompts, keys, n=n, stop=stop, max_new=max_new, **knobs):
+        for row, token in zip(rows, tokens, strict=True):
+            out[row].append(token)
+        tick(len(rows), sum(t in stop or len(out[r]) == max_new for r, t in zip(rows, tokens, strict=True)))
+    return [out[i : i + n] for i in range(0, len(out), n)]
+
+
+# ---- N candidates for a prompt -----------------------------------------------------------------------------
+
+
+def respond(model: Llama, tok: Tokenizer, rows: list[dict], *, key: tuple, n: int = 4, **knobs) -> list[dict]:
+    """Sample n responses to each {"id", "prompt"}; rows {"id", "k", "response", "tokens", "truncated"} (section 2.3).
+
+    `tokens` are the sampled ids themselves. A response that met the length limit has no end-of-sequence token and
+    is marked as truncated; it is never given one, or training on it would teach to stop in mid-sentence.
+    """
+    prompts, keys = [tok.chat(r["prompt"]) for r in rows], [(*key, r["id"]) for r in rows]
+    samples = generate(model, prompts, keys, n=n, stop=[tok.eos], **knobs)
+    return [
+        {
+            "id": row["id"],
+            "k": k,
+            "response": tok.decode(ids[:-1] if ids[-1] == tok.eos else ids).strip(),
+            "tokens": ids,
+            "truncated": ids[-1] != tok.eos,
+        }
+        for row, drawn in zip(rows, samples, strict=True)
+        for k, ids in enumerate(drawn)
+    ]
+
+
+# ---- new prompts, as in Self-Instruct ----------------------------------------------------------------------
+
+KEYWORDS = ["image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot"]
+UNFIT = re.compile(rf"\b({'|'.join(KEYWORDS)}|go to)\b", re.IGNORECASE)  # a text model cannot do these
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", text.lower())
+
+
+def rouge_l(a: list[str], b: list[str]) -> float:
+    """ROUGE-L F1 of two word lists: 2 * LCS / (len(a) + len(b)).
+
+    The longest common subsequence is found bit-parallel (Hyyro 2004): one row of the table is one integer.
+    """
+    where, row = {}, 0
+    for i, w in enumerate(a):
+        where[w] = where.get(w, 0) | 1 << i
+    ones = row = (1 << len(a)) - 1
+    for w in b:
+        hit = row & where.get(w, 0)
+        row = (row + hit | row - hit) & ones
+    return 2 * (len(a) - row.bit_count()) / max(1, len(a) + len(b))
+
+
+def unfit(text: str) -> str | None:
+    """Why Self-Instruct would drop this prompt, or None (Wang et al. 2022, released code)."""
+    count = len(text.split())
+    if count <= 3 or count > 150:
+        return "too short" if count <= 3 else "too long"
+    if text[0] in string.punctuation or not text[0].isascii():
+        return "odd first character"
+    if text.startswith("Write a program"):
+        return "asks for a program"
+    return "asks for more than text" if UNFIT.search(text) else None
+
+
+def propose(
+    write: Callable[[list[list[int]], list[tuple]], list[list[int]]],
+    tok: Tokenizer,
+    template: str,
+    seeds: list[str],
+    count: int,
+    *,
+    key: tuple,
+    taken: list[str] = (),
+    held_out: list[str] = (),
+    generated_shots: int = 2,
+    rouge: float = 0.7,
+    wave: int = 128,
+    attempts: int = 20,
+    room: int = 1 << 30,
+) -> tuple[list[str], Counter]:
+    """`count` new prompts from a fixed writer, few-shot, filtered as in Self-Instruct (paper section 2.2).
+
+    template holds the places {1}, {2}, ... of its examples: `generated_shots` of them are prompts accepted
+    earlier (while there are none, seeds), the others seed prompts, in random order. write(ids, keys) continues id
+    lists; the first line of what it writes is the new prompt. A prompt too similar (ROUGE-L over `rouge`) to a
+    seed, to one accepted or to one of `taken` is dropped, as is one that stands in `held_out`. Requests whose
+    examples fill more than `room` tokens are not made.
+
+    Returns the prompts and a count of every rejection by reason. Raises BadInput after attempts * count requests.
+    """
+    shots = len(set(re.findall(r"\{(\d+)\}", template)))
+    if not shots or len(seeds) < shots:
+        raise BadInput(f"the prompt writer's template has {shots} places {{1}}, {{2}}, ..., and there are "
+                       f"{len(seeds)} seed prompts; it needs at least one place and as many seeds")  # fmt: skip
+    held_out, accepted, tally, asked = set(held_out), [], Counter(), 0
+    pool = [words(p) for p in [*seeds, *taken]]
+
+    def fill(request: int) -> list[int]:
+        rng = random.Random(repr((*key, request)))
+        new = rng.sample(accepted, min(generated_shots, len(accepted), shots))
+        examples = new + rng.sample(seeds, shots - len(new))
+        rng.shuffle(examples)
+        return tok.raw(re.sub(r"\{(\d+)\}", lambda m: examples[int(m[1]) - 1], template))
+
+    def judged(ids: list[int]) -> tuple[str, str | None]:
+        text = tok.decode(ids).strip().split("\n")[0].strip()
+        if ids[-1] not in (tok.eos, *tok.newlines):
+            return text, "cut by the length limit"
+        if reason := unfit(text):
+            return text, reason
+        if text in held_out:
+            return text, "held out"
+        new = words(text)
+        for old in pool:  # no common subsequence is longer than the shorter text
+            if 2 * min(len(old), len(new)) > rouge * (len(old) + len(new)) and rouge_l(old, new) > rouge:
+                return text, "too similar"
+        return text, None
+
+    while len(accepted) < count:
+        if asked >= attempts * count:
+            raise BadInput(f"only {len(accepted)} of {count} new prompts survived {asked} requests ({dict(tally)}): "
+                           "ask for fewer, or take a better writer or template")  # fmt: skip
+        requests = range(asked, asked + min(wave, count - len(accepted) + 8))
+        asked = requests.stop
+        filled = [(fill(r), (*key, r)) for r in requests]
+        filled, count_all = [(ids, k) for ids, k in filled if len(ids) <= room], len(filled)
+        tally["examples too long"] += count_all - len(filled)
+        for ids in write([ids for ids, _ in filled], [k for _, k in filled]):
+            text, reason = judged(ids)
+            tally[reason or "accepted"] += len(accepted) < count
+            if reason is None and len(accepted) < count:
+                accepted.append(text)
+                pool.append(words(text))
+    return accepted, tally
+
+
+# ---- in the terminal ---------------------------------------------------------------------------------------
+
+
+def say(model: Llama, tok: Tokenizer, turns: list[str], key: tuple, **knobs) -> str:
+    """Stream the answer to a chat to the terminal, token by token, and return it."""
+    ids, shown = [], ""
+    for _, (token,) in stream(model, [tok.chat(*turns)], [key], stop=[tok.eos], **knobs):
+        ids += [token] if token != tok.eos else []
+        text = tok.decode(ids)
+        if not text.endswith("\ufffd"):  # half of a character that is spelt in bytes
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print()
+    return shown
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Chat with a checkpoint, or answer one prompt.")
+    parser.add_argument("checkpoint", help="folder with config.json, model*.safetensors, tokenizer.model")
+    parser.add_argument("prompt", nargs="?", help="answer this and exit; without it, chat")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=0.9)
+    parser.add_argument("--max-new", type=int, default=256, help="most tokens of an answer")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tok = load(args.checkpoint, torch.bfloat16 if device == "cuda" else torch.float32, device)
+    knobs = {"temperature": args.temperature, "top_p": args.top_p, "max_new": args.max_new}
+    if args.prompt is not None:
+        say(model.eval(), tok, [args.prompt], (args.seed, 0), **knobs)
+        return
+    print("Write a prompt; an empty line starts a new chat, Ctrl-D ends.")
+    turns = []
+    while True:
+        try:
+            line = input("> ").strip()
+            turns = [*turns, line] if line else []
+            if line:
+                turns.append(say(model.eval(), tok, turns, (args.seed, len(turns)), **knobs))
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BadInput as e:
+        sys.exit(f"error: {e}")

@@ -1,0 +1,593 @@
+"""train.py: Config -> M1, M2, M3. Seed SFT, then the self-rewarding iterations (paper section 2).
+
+    torchrun train.py --iters 3                                    the zoo: minutes on a laptop CPU
+    torchrun --nproc-per-node 8 train.py --init LLAMA --data DATA --out RUN
+    python train.py --help                                         every knob
+
+Every chapter turns files of the run folder into files of the run folder, and one whose product is there is skipped:
+start the same command again and it goes on where it was stopped. One process is a world of size one.
+
+Left out: checkpoints inside a chapter (a chapter cut short starts over), tensor parallelism, selection of
+checkpoints by an outside judge.
+"""
+
+import argparse
+import inspect
+import json
+import math
+import os
+import random
+import re
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+import judge
+import sample
+from dpo import collate, preference_loss, sequence_logps, sft_loss
+from judge import read_rows
+from model import BadInput, gathered, load, parallelize, read_json, save, write_text
+
+
+@dataclass(frozen=True)
+class Config:
+    """All knobs, saved with the run. Defaults are the paper's values where it gives them; a data folder's
+    recipe.json overrides them, and flags override that."""
+
+    init: str = "data/zoo/base"  # M0: folder of the pretrained checkpoint
+    data: str = "data/zoo"  # folder with ift.jsonl, eft.jsonl, test.jsonl, judge.txt, propose.txt
+    out: str = "runs/zoo"  # run folder; the same command continues it
+    iters: int = 3  # models to make: M1 by SFT, each further one by a round of DPO
+    seed: int = 0  # of everything that is drawn
+    writer: str = ""  # checkpoint that writes the new prompts of all rounds; empty: M0
+    judge_template: str = ""  # file with {prompt} and {response}; empty: judge.txt of the data folder
+    prompts: str = "5000,9000"  # new prompts a round, the last number for all further rounds (paper: not given)
+    max_prompt: int = 128  # most tokens of a new prompt
+    writer_temperature: float = 0.6  # of the prompt writer
+    rouge: float = 0.7  # a new prompt more similar than this (ROUGE-L) to an older one is dropped
+    candidates: int = 4  # responses to each prompt (N)
+    votes: int = 3  # judgements of each response
+    temperature: float = 0.7  # of responses and judgements
+    top_p: float = 0.9  # of all sampling
+    max_response: int = 1024  # most tokens of a response
+    max_judgement: int = 256  # most tokens of a judgement
+    sample_batch: int = 256  # sequences sampled side by side in one process
+    sft_lr: float = 5.5e-6  # peak learning rate of SFT; ends at a fifth of it
+    sft_epochs: int = 3  # passes over the seed data (paper: not given)
+    dpo_lr: float = 1e-6  # peak learning rate of DPO; ends at a tenth of it
+    dpo_epochs: int = 1  # passes over the pairs (paper: not given)
+    batch: int = 16  # rows (SFT) or pairs (DPO) an update, over all processes
+    micro_batch: int = 16  # of these, how many one process puts through the model at once
+    weight_decay: float = 0.0  # of the matrices (paper: not given)
+    dropout: float = 0.1  # on the residual branches, while training
+    beta: float = 0.1  # of DPO
+    nll: float = 0.0  # weight of the chosen response's NLL beside DPO (not in the paper; Pang et al. 2024)
+    reference: str = ""  # model that DPO is anchored to in all rounds, such as M1; empty: the round's own start
+    control: str = ""  # "shuffle": the scores of a prompt's candidates are shuffled; learning should then fail
+    dtype: str = ""  # float32 or bfloat16, of compute and of saved weights; empty: bfloat16 on a GPU
+
+
+def main(cfg: Config):
+    mesh = start_processes()
+    data = open_run(cfg)
+    models = ["SFT", *(f"M{t}" for t in range(1, cfg.iters + 1))]
+    seed_sft(cfg, mesh, data, "SFT", data["ift"])  # the baseline: instructions only
+    write_prompts(cfg, mesh, data)  # for all rounds, by the fixed writer
+    seed_sft(cfg, mesh, data, "M1", data["ift"] + data["eft"])  # M0 -> M1: instructions and judging
+    for start, end in zip(models[1:], models[2:], strict=False):
+        self_reward(cfg, mesh, data, start, end)  # M_t writes, judges itself, prefers
+        train_dpo(cfg, mesh, start, end)  # M_t -> M_t+1
+    for name in models:
+        examine(cfg, mesh, data, name)
+    log(judge.show(judge.report(Path(cfg.out))))
+
+
+# ---- chapters ----------------------------------------------------------------------------------------------
+
+
+def seed_sft(cfg: Config, mesh, data: dict, name: str, rows: list[dict]):
+    """Supervised fine-tuning from M0 on the seed rows (section 2.1)."""
+    if done(cfg, name, "config.json"):
+        return
+    model, tok = open_model(cfg, mesh, cfg.init)
+    examples = []
+    for row in rows:
+        if "judgement" in row:
+            asked = judge.judge_prompt(data["judge_template"], row["prompt"], row["response"])
+            examples.append((tok.chat(asked), tok.response(row["judgement"])))
+        else:
+            examples.append((tok.chat(row["prompt"]), tok.response(row["response"])))
+    room = model.cfg.max_len
+    fit = [e for e in examples if len(e[0]) + len(e[1]) <= room]
+    if len(fit) < len(examples):
+        log(f"{name}: {len(examples) - len(fit)} of {len(examples)} seed rows exceed the context of {room} tokens")
+    if not fit:
+        raise BadInput(f"{cfg.data}: no seed row fits the context of {room} tokens; shorten rows or change --init")
+    plan = batches([len(p) + len(r) for p, r in fit], cfg.batch, cfg.sft_epochs, (cfg.seed, name))
+    optimize(
+        cfg, mesh, model, name, plan, fit,
+        pack=lambda rows: collate(rows, mesh.device_type), loss=sft_loss, units=lambda row: len(row[1]),
+        lr=cfg.sft_lr, end=0.2,
+    )  # fmt: skip
+    save(model, tok, Path(cfg.out) / name, dtype_of(cfg, mesh), write=dist.get_rank() == 0)
+
+
+def write_prompts(cfg: Config, mesh, data: dict):
+    """New prompts for every round, few-shot by a writer that never changes (section 2.2, step 1)."""
+    counts = [int(n) for n in cfg.prompts.split(",")]
+    todo = [t for t in range(1, cfg.iters) if not done(cfg, f"M{t + 1}", "prompts.jsonl")]
+    if not todo:
+        return
+    model, tok = open_model(cfg, mesh, cfg.writer or cfg.init)
+    stop = [tok.eos, *tok.newlines]
+    knobs = {"max_new": cfg.max_prompt, "temperature": cfg.writer_temperature, "top_p": cfg.top_p}
+
+    def write(ids, keys):
+        def work(mine):
+            texts = sample.generate(model, [i for _, i, _ in mine], [k for *_, k in mine], stop=stop,
+                                    batch=cfg.sample_batch, tick=bar, **knobs)  # fmt: skip
+            return [(number, drawn[0]) for (number, *_), drawn in zip(mine, texts, strict=True)]
+
+        return [drawn for _, drawn in sorted(spread(list(zip(range(len(ids)), ids, keys, strict=True)), work))]
+
+    for t in todo:
+        taken = [r["prompt"] for s in range(1, t) for r in read_rows(Path(cfg.out) / f"M{s + 1}" / "prompts.jsonl")]
+        with gathered(model), progress(f"prompts for M{t + 1}", 0, "requests") as bar:
+            prompts, tally = sample.propose(
+                write, tok, data["propose"], [r["prompt"] for r in data["ift"]], counts[min(t, len(counts)) - 1],
+                key=(cfg.seed, t, "prompts"), taken=taken, held_out=data["held_out"], rouge=cfg.rouge,
+                room=model.cfg.max_len - cfg.max_prompt,
+            )  # fmt: skip
+        log(f"M{t + 1}: {len(prompts)} new prompts; {dict(tally.most_common())}")
+        put(cfg, f"M{t + 1}", "prompts.jsonl", [{"id": i, "prompt": p} for i, p in enumerate(prompts)])
+
+
+def self_reward(cfg: Config, mesh, data: dict, start: str, end: str):
+    """M_t responds to the new prompts, judges its own responses, and prefers (section 2.2, steps 2 and 3)."""
+    if done(cfg, end, "pairs.jsonl"):
+        return
+    model, tok = open_model(cfg, mesh, Path(cfg.out) / start)
+    knobs = {"temperature": cfg.temperature, "top_p": cfg.top_p, "batch": cfg.sample_batch}
+    prompts = read_rows(Path(cfg.out) / end / "prompts.jsonl", "prompt")
+    fit = [p for p in prompts if len(tok.chat(p["prompt"])) + cfg.max_response <= model.cfg.max_len]
+    if len(fit) < len(prompts):
+        log(f"{end}: {len(prompts) - len(fit)} prompts leave no room for a response of {cfg.max_response} tokens")
+    if not done(cfg, end, "candidates.jsonl"):
+        with gathered(model), progress(f"{start} responds", len(fit) * cfg.candidates, "responses") as bar:
+            respond = partial(sample.respond, model, tok, key=(cfg.seed, end, "responses"), n=cfg.candidates,
+                              max_new=cfg.max_response, tick=bar, **knobs)  # fmt: skip
+            put(cfg, end, "candidates.jsonl", in_order(spread(fit, respond)))
+    candidates = read_rows(Path(cfg.out) / end / "candidates.jsonl")
+    texts = {p["id"]: p["prompt"] for p in prompts}
+    if not done(cfg, end, "judgements.jsonl"):
+        with gathered(model), progress(f"{start} judges", len(candidates) * cfg.votes, "judgements") as bar:
+            score = partial(judge.score, model, tok, data["judge_template"], key=(cfg.seed, end, "judgements"),
+                            votes=cfg.votes, max_new=cfg.max_judgement, tick=bar, **knobs)  # fmt: skip
+            asked = [c | {"prompt": texts[c["id"]]} for c in candidates]
+            put(cfg, end, "judgements.jsonl", in_order(spread(asked, score)))
+    judgements = read_rows(Path(cfg.out) / end / "judgements.jsonl")
+    scores = judge.mean_scores(judgements)
+    if cfg.control == "shuffle":
+        scores = shuffled(scores, (cfg.seed, end, "control"))
+    pairs, tally = judge.prefer(prompts, candidates, scores)
+    rate, histogram = judge.parse_rate(judgements) or 0, Counter(j["score"] for j in judgements)
+    log(f"{end}: {dict(tally)}; {rate:.1%} of {len(judgements)} judgements readable")
+    if not pairs:
+        raise BadInput(
+            f"{cfg.out}/{end}: none of {len(prompts)} prompts gave a pair: {dict(tally)}, {rate:.1%} of judgements "
+            f"readable, scores {dict(histogram.most_common())}; {start} cannot judge yet: give it EFT rows or more SFT"
+        )
+    model = model if not cfg.reference else open_model(cfg, mesh, Path(cfg.out) / cfg.reference)[0]
+    put(cfg, end, "pairs.jsonl", add_reference(cfg, mesh, model, tok, pairs, end))
+
+
+def add_reference(cfg: Config, mesh, model, tok, pairs: list[dict], end: str) -> list[dict]:
+    """Store the frozen reference with every pair: its log-probs of chosen and rejected, as two more columns.
+
+    They are computed in the very batches of DPO's first epoch, so that policy and reference agree to the last bit
+    before the first update, in any precision.
+    """
+    model.eval()
+    found, examples = [], pair_examples(tok, pairs)
+    plan = batches([size(e) for e in examples], cfg.batch, 1, (cfg.seed, end))
+    with torch.no_grad():
+        for batch in plan:
+            for rows, weight in micro_batches(batch, cfg.micro_batch):
+                tokens, targets, _ = pack_pairs([examples[i] for i in rows], mesh.device_type)
+                logps = sequence_logps(model, tokens, targets).tolist()
+                if weight:
+                    found += zip(rows, logps[: len(rows)], logps[len(rows) :], strict=True)
+    columns = {i: {"reference_chosen": c, "reference_rejected": r} for i, c, r in share(found)}
+    return [pair | columns[i] for i, pair in enumerate(pairs)]
+
+
+def train_dpo(cfg: Config, mesh, start: str, end: str):
+    """DPO from M_t on the pairs that M_t made (section 2.4): M_t+1."""
+    if done(cfg, end, "config.json"):
+        return
+    model, tok = open_model(cfg, mesh, Path(cfg.out) / start)
+    examples = pair_examples(tok, read_rows(Path(cfg.out) / end / "pairs.jsonl", "prompt", "reference_chosen"))
+    plan = batches([size(e) for e in examples], cfg.batch, cfg.dpo_epochs, (cfg.seed, end))
+    pack = partial(pack_pairs, device=mesh.device_type)
+    if cfg.reference in ("", start):
+        check_start(cfg, model, pack, examples, plan[0], end)
+    optimize(
+        cfg, mesh, model, end, plan, examples,
+        pack=pack, loss=partial(preference_loss, beta=cfg.beta, nll=cfg.nll), units=lambda row: 1,
+        lr=cfg.dpo_lr, end=0.1,
+    )  # fmt: skip
+    save(model, tok, Path(cfg.out) / end, dtype_of(cfg, mesh), write=dist.get_rank() == 0)
+
+
+def examine(cfg: Config, mesh, data: dict, name: str):
+    """The finished model answers the test prompts and judges the held-out human rankings (section 3.1)."""
+    todo = [f for f, rows in (("test.jsonl", data["test"]), ("exam.jsonl", data["exam"]))
+            if rows and not done(cfg, name, f)]  # fmt: skip
+    if not todo:
+        return
+    model, tok = open_model(cfg, mesh, Path(cfg.out) / name)
+    knobs = {"temperature": cfg.temperature, "top_p": cfg.top_p, "batch": cfg.sample_batch}
+    if "test.jsonl" in todo:
+        rows = [{"id": i, "prompt": r["prompt"]} for i, r in enumerate(data["test"])]
+        rows = [r for r in rows if len(tok.chat(r["prompt"])) + cfg.max_response <= model.cfg.max_len]
+        if len(rows) < len(data["test"]):
+            log(f"{name}: {len(data['test']) - len(rows)} test prompts leave no room for a response; left out")
+        with gathered(model), progress(f"{name} answers the test prompts", len(rows), "responses") as bar:
+            respond = partial(sample.respond, model, tok, key=(cfg.seed, "test"), n=1, max_new=cfg.max_response,
+                              tick=bar, **knobs)  # fmt: skip
+            answers = in_order(spread(rows, respond))
+        texts = {r["id"]: r["prompt"] for r in rows}
+        alpaca = [{"instruction": texts[a["id"]], "output": a["response"], "generator": name,
+                   "dataset": Path(cfg.data).name} for a in answers]  # fmt: skip
+        if dist.get_rank() == 0:
+            write_text(Path(cfg.out) / name / "alpaca_eval.json", json.dumps(alpaca, indent=1, ensure_ascii=False))
+        put(cfg, name, "test.jsonl", [{"id": a["id"], "prompt": texts[a["id"]]} | a for a in answers])
+    if "exam.jsonl" in todo:
+        asked = [{"id": i, "k": k, "prompt": row["prompt"], "response": text}
+                 for i, row in enumerate(data["exam"]) for k, text in enumerate(row["responses"])]  # fmt: skip
+        with gathered(model), progress(f"{name} judges ranked answers", len(asked) * cfg.votes, "judgements") as bar:
+            score = partial(judge.score, model, tok, data["judge_template"], key=(cfg.seed, "exam"), votes=cfg.votes,
+                            max_new=cfg.max_judgement, tick=bar, **knobs)  # fmt: skip
+            put(cfg, name, "exam.jsonl", in_order(spread(asked, score)))
+
+
+# ---- the optimisation loop, one for both losses ------------------------------------------------------------
+
+
+def optimize(cfg: Config, mesh, model, name, plan, examples, *, pack, loss, units, lr: float, end: float):
+    """Update the model on every batch of the plan: AdamW, 5 % warm-up, cosine from lr to end * lr, clipping at 1.
+
+    pack(rows) makes the tensors that loss(model, *tensors) takes; it returns a sum over units, of which units(row)
+    says how many a row has. The gradient is that of the whole batch, however it is cut. BadInput on a loss that is
+    not finite; the models finished so far are on disk.
+    """
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == big] for big in (True, False))
+    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    warm = max(1, round(0.05 * len(plan)))
+    model.train()
+    start_metrics(cfg, name)
+    bar = tqdm(total=len(plan), desc=name, unit="step", disable=quiet())
+    for step, batch in enumerate(plan):
+        began = time.time()
+        cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, len(plan) - warm)))
+        rate = lr * min((step + 1) / warm, end + (1 - end) * cosine)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        total, sums, tokens = sum(units(examples[i]) for i in batch), Counter(), 0
+        torch.manual_seed(random.Random(repr((cfg.seed, name, step, dist.get_rank()))).getrandbits(62))  # dropout
+        for rows, weight in micro_batches(batch, cfg.micro_batch):
+            tensors = pack([examples[i] for i in rows])
+            value, shown = loss(model, *tensors)
+            (value * weight * dist.get_world_size() / total).backward()  # FSDP takes the mean over processes
+            sums.update({k: v.item() * weight / total for k, v in shown.items()})
+            tokens += tensors[0].numel()
+        sums = reduced(sums)
+        if not math.isfinite(sums["loss"]):
+            raise BadInput(f"{name}: the loss is {sums['loss']} at step {step + 1}; nothing of it was saved, older "
+                           "models are whole: lower the learning rate and start again")  # fmt: skip
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds = time.time() - began
+        line = {"model": name, "step": step + 1, "steps": len(plan), **sums, "grad_norm": norm, "lr": rate}
+        write_metrics(cfg, line | {"seconds": seconds})
+        bar.update()
+        bar.set_postfix({k: f"{v:.3g}" for k, v in sums.items() if k in ("loss", "margin", "accuracy")})
+        if bar.disable:
+            shown = " ".join(f"{k} {v:.4g}" for k, v in line.items() if isinstance(v, float))
+            log(f"{name} step {step + 1}/{len(plan)} {shown} {tokens / seconds:,.0f} tok/s")
+    bar.close()
+
+
+def batches(sizes: list[int], batch: int, epochs: int, key: tuple) -> list[list[int]]:
+    """Row numbers of every update: shuffled anew each epoch, rows of like length together so that little is padding.
+
+    Every row is seen once an epoch; the last batch may be smaller.
+    """
+    plan = []
+    for epoch in range(epochs):
+        rng, order = random.Random(repr((*key, epoch))), list(range(len(sizes)))
+        rng.shuffle(order)
+        window = 32 * batch
+        order = [
+            i for at in range(0, len(order), window) for i in sorted(order[at : at + window], key=sizes.__getitem__)
+        ]
+        cut = [order[at : at + batch] for at in range(0, len(order), batch)]
+        rng.shuffle(cut)
+        plan += cut
+    return plan
+
+
+def micro_batches(batch: list[int], micro: int) -> list[tuple[list[int], float]]:
+    """This process's rows of a batch, `micro` at a time, with their weight.
+
+    All processes get equally many, or collectives would hang: who has no rows left repeats one with weight 0.
+    """
+    world = dist.get_world_size()
+    mine = batch[dist.get_rank() :: world]
+    cut = [(mine[at : at + micro], 1.0) for at in range(0, len(mine), micro)]
+    return cut + [(batch[:1], 0.0)] * (-(-len(batch) // (world * micro)) - len(cut))
+
+
+def pair_examples(tok, pairs: list[dict]) -> list[tuple]:
+    """(prompt ids, chosen ids, rejected ids, reference log-probs) of every pair. Ids are the sampled ones."""
+    return [(tok.chat(p["prompt"]), p["chosen_tokens"], p["rejected_tokens"],
+             (p.get("reference_chosen", 0.0), p.get("reference_rejected", 0.0))) for p in pairs]  # fmt: skip
+
+
+def size(example: tuple) -> int:
+    prompt, chosen, rejected, _ = example
+    return len(prompt) + max(len(chosen), len(rejected))
+
+
+def pack_pairs(rows: list[tuple], device):
+    """B pairs -> tokens and targets (2B, T), reference (2B,): the chosen rows, then the rejected ones."""
+    tokens, targets = collate([(p, c) for p, c, *_ in rows] + [(p, r) for p, _, r, _ in rows], device)
+    reference = torch.tensor([c for *_, (c, _) in rows] + [r for *_, (_, r) in rows], dtype=torch.float32)
+    return tokens, targets, reference.to(device)
+
+
+def check_start(cfg: Config, model, pack, examples, batch: list[int], end: str):
+    """Before the first update policy and reference are one model: margin 0, loss ln 2. Else the pairs are another's."""
+    model.eval()  # dropout off
+    with torch.no_grad():
+        worst = 0.0
+        for rows, _ in micro_batches(batch, cfg.micro_batch):
+            tokens, targets, reference = pack([examples[i] for i in rows])
+            worst = max(worst, (sequence_logps(model, tokens, targets) - reference).abs().max().item())
+    worst = max(share([worst]))
+    if not worst < 1e-2:
+        raise BadInput(f"{cfg.out}/{end}/pairs.jsonl: its reference log-probs differ by {worst:.3g} from those of the "
+                       "model DPO starts from; remove the file to make it again")  # fmt: skip
+
+
+# ---- files of the run --------------------------------------------------------------------------------------
+
+
+def open_run(cfg: Config) -> dict:
+    """Read all the run needs before anything costs time; refuse an --out that belongs to another configuration."""
+    folder, data = Path(cfg.out), Path(cfg.data)
+    if not data.is_dir():
+        raise BadInput(f"{data}: no such folder; --data names a folder with ift.jsonl, judge.txt and propose.txt")
+    texts = {}
+    template = Path(cfg.judge_template or data / "judge.txt")
+    for path in (template, data / "propose.txt"):
+        if not path.is_file():
+            raise BadInput(f"{path}: not found; copy it from data/zoo or data/oasst and edit it")
+        texts[path] = path.read_text(encoding="utf-8")
+
+    def rows(name, *keys):
+        return read_rows(data / name, *keys) if (data / name).exists() else []
+
+    found = {
+        "judge_template": judge.check_template(texts[template], template),
+        "propose": texts[data / "propose.txt"],
+        "ift": read_rows(data / "ift.jsonl", "prompt", "response"),
+        "eft": rows("eft.jsonl", "prompt", "response", "judgement"),
+        "exam": rows("eft_eval.jsonl", "prompt", "responses", "ranks"),
+        "test": rows("test.jsonl", "prompt"),
+    }
+    found["held_out"] = [r["prompt"] for r in found["exam"] + found["test"] + rows("valid.jsonl", "prompt")]
+    for number, row in enumerate(found["eft"], 1):
+        if judge.parse_score(row["judgement"]) is None:
+            raise BadInput(f"{data}/eft.jsonl: judgement {number} has no readable `Score: n` at its end; mend it")
+    for file, what in (("eft.jsonl", "M1 learns from ift.jsonl alone"), ("test.jsonl", "models are not compared"),
+                       ("eft_eval.jsonl", "judges are not examined")):  # fmt: skip
+        if not (data / file).exists():
+            log(f"no {data / file}: {what}")
+    mine, saved = asdict(cfg), folder / "config.json"
+    if saved.exists():
+        other = read_json(saved)
+        differ = [k for k in mine if k != "iters" and mine[k] != other.get(k)]
+        if differ:
+            k = differ[0]
+            raise BadInput(f"{saved}: this run was made with {k} = {other.get(k)!r}, now it is {mine[k]!r}; give "
+                           "another --out, or the old value")  # fmt: skip
+    dist.barrier()  # nobody writes before all have read
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(saved, json.dumps(mine, indent=2) + "\n")
+    return found
+
+
+def done(cfg: Config, name: str, file: str) -> bool:
+    """Is this product there? Files appear whole or not at all, so being there is being finished."""
+    dist.barrier()
+    return (Path(cfg.out) / name / file).exists()
+
+
+def put(cfg: Config, name: str, file: str, rows: list[dict]):
+    """Write rows as JSON lines into a model's folder, once, by the first process."""
+    if dist.get_rank() == 0:
+        (Path(cfg.out) / name).mkdir(parents=True, exist_ok=True)
+        write_text(Path(cfg.out) / name / file, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    dist.barrier()
+
+
+def in_order(rows: list[dict]) -> list[dict]:
+    return sorted(rows, key=lambda r: (r["id"], r["k"], r.get("vote", 0)))
+
+
+def start_metrics(cfg: Config, name: str):
+    """Drop what an earlier attempt at this model has logged."""
+    path = Path(cfg.out) / "metrics.jsonl"
+    if dist.get_rank() == 0 and path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        keep = [line for line in lines if line.endswith("\n") and json.loads(line)["model"] != name]
+        write_text(path, "".join(keep))
+
+
+def write_metrics(cfg: Config, line: dict):
+    if dist.get_rank() == 0:
+        with (Path(cfg.out) / "metrics.jsonl").open("a", encoding="utf-8") as f:
+            f.write(json.dumps(line) + "\n")
+
+
+def shuffled(scores: dict[tuple, float], key: tuple) -> dict[tuple, float]:
+    """The control: every prompt keeps its scores, but they are dealt anew among its candidates."""
+    out = {}
+    for i in sorted({i for i, _ in scores}):
+        places = sorted(at for at in scores if at[0] == i)
+        values = [scores[at] for at in places]
+        random.Random(repr((*key, i))).shuffle(values)
+        out |= zip(places, values, strict=True)
+    return out
+
+
+# ---- processes ---------------------------------------------------------------------------------------------
+
+
+def start_processes():
+    """Join the processes that torchrun started, or be a world of one; returns the mesh (dp, tp)."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return init_device_mesh(device, (dist.get_world_size(), 1), mesh_dim_names=("dp", "tp"))
+
+
+def dtype_of(cfg: Config, mesh) -> torch.dtype:
+    return getattr(torch, cfg.dtype or ("bfloat16" if mesh.device_type == "cuda" else "float32"))
+
+
+def open_model(cfg: Config, mesh, folder):
+    """Load a checkpoint into fp32 master weights, on the device, sharded over the processes."""
+    model, tok = load(folder, torch.float32, mesh.device_type, cfg.dropout)
+    dtype = dtype_of(cfg, mesh)
+    if mesh.size() > 1 or mesh.device_type != "cpu" or dtype != torch.float32:
+        parallelize(model, mesh, dtype)  # one CPU process in fp32 has nothing to shard and nothing to cast
+    return model.eval(), tok
+
+
+def share(rows: list) -> list:
+    """Everybody's rows to everybody."""
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
+def spread(rows: list, work) -> list:
+    """Deal rows to the processes, work on them apart, and bring the results together, in no particular order."""
+    return share(work(rows[dist.get_rank() :: dist.get_world_size()]))
+
+
+def reduced(sums: dict[str, float]) -> dict[str, float]:
+    """Sums over all processes."""
+    values = torch.tensor(list(sums.values()), dtype=torch.float64)
+    dist.all_reduce(values)
+    return dict(zip(sums, values.tolist(), strict=True))
+
+
+def log(text: str):
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def quiet() -> bool:
+    return dist.get_rank() != 0 or not sys.stderr.isatty()
+
+
+@contextmanager
+def progress(what: str, total: int, unit: str):
+    """A bar with rate and time left in a terminal, and in any case one line at the end."""
+    began, counts = time.time(), Counter()
+    with tqdm(total=total or None, desc=what, unit=f" {unit}", disable=quiet()) as bar:
+
+        def tick(tokens: int, finished: int):
+            counts.update(tokens=tokens, finished=finished)
+            bar.update(finished)
+
+        yield tick
+    seconds = time.time() - began
+    log(f"{what}: {counts['finished']:,} {unit}, {counts['tokens']:,} tokens in {seconds:.1f} s "
+        f"({counts['tokens'] / seconds:,.0f} tok/s a process)")  # fmt: skip
+
+
+# ---- flags -------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> Config:
+    """Config's fields are the flags, and the comment behind a field is its help."""
+    source = inspect.getsource(Config)
+    helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
+    parser = argparse.ArgumentParser(description="Self-Rewarding Language Models: M0 -> M1 -> M2 -> M3.")
+    for f in fields(Config):
+        parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, help=f"{helps[f.name]} ({f.default!r})",
+                            default=argparse.SUPPRESS)  # fmt: skip
+    given = vars(parser.parse_args(argv))
+    path = Path(given.get("data", Config.data)) / "recipe.json"
+    recipe = read_json(path) if path.exists() else {}
+    for key, value in recipe.items():
+        kind = Config.__dataclass_fields__[key].type if key in helps else None
+        if kind is None or not isinstance(value, (int, float) if kind is float else kind):
+            raise BadInput(f"{path}: {key!r}: {value!r} is no knob or has the wrong type; see train.py --help")
+    return checked(replace(Config(), **recipe | given))
+
+
+def checked(cfg: Config) -> Config:
+    """Refuse values that no run can have."""
+    for ok, what in (
+        (cfg.iters >= 1, "--iters counts models from M1 on and is at least 1"),
+        (re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", cfg.prompts), "--prompts is a number of prompts, or several: 300,700"),
+        (cfg.candidates >= 2, "--candidates must be at least 2, or there is nothing to prefer"),
+        (min(cfg.votes, cfg.batch, cfg.micro_batch, cfg.sample_batch) >= 1, "votes and batches are at least 1"),
+        (min(cfg.sft_epochs, cfg.dpo_epochs) >= 1, "epochs are at least 1"),
+        (min(cfg.max_prompt, cfg.max_response, cfg.max_judgement) >= 1, "lengths are at least 1 token"),
+        (min(cfg.temperature, cfg.writer_temperature) >= 0, "temperatures are 0 (greedy) or more"),
+        (0 < cfg.top_p <= 1, "--top-p lies in (0, 1]"),
+        (0 <= cfg.dropout < 1, "--dropout lies in [0, 1)"),
+        (cfg.beta > 0 and cfg.nll >= 0, "--beta is positive and --nll not negative"),
+        (cfg.control in ("", "shuffle"), "--control is shuffle or nothing"),
+        (cfg.dtype in ("", "float32", "bfloat16"), "--dtype is float32 or bfloat16"),
+        (re.fullmatch(r"(M[1-9]\d*)?", cfg.reference), "--reference names a model of the run, such as M1"),
+    ):
+        if not ok:
+            raise BadInput(what)
+    return cfg
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except BadInput as e:
+        sys.exit(f"error: {e}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
