@@ -30,3 +30,13 @@ lint: .venv/dev  ## ruff: format and rules
 
 format: .venv/dev  ## let ruff format the code
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+reproduce: .venv/run  ## seeds 0, 1, 2 and the control with shuffled scores (RESULTS.md has our figures)
+	for seed in 0 1 2; do $(BIN)/torchrun train.py --seed $$seed --out runs/seed-$$seed && $(BIN)/python judge.py runs/seed-$$seed || exit 1; done
+	$(BIN)/torchrun train.py --iters 2 --control shuffle --out runs/shuffled && $(BIN)/python judge.py runs/shuffled
+
+zoo: .venv/run  ## rebuild the zoo's rows and its pretrained base from a seed
+	$(BIN)/python data/zoo/prepare.py
+
+clean:  ## remove runs and .venv
+	rm -rf runs .venv

@@ -277,10 +277,11 @@ def propose(
                            "ask for fewer, or take a better writer or template")  # fmt: skip
         requests = range(asked, asked + min(wave, count - len(accepted) + 8))
         asked = requests.stop
-        filled = [(fill(r), (*key, r)) for r in requests]
-        filled, count_all = [(ids, k) for ids, k in filled if len(ids) <= room], len(filled)
-        tally["examples too long"] += count_all - len(filled)
-        for ids in write([ids for ids, _ in filled], [k for _, k in filled]):
+        filled = {(*key, r): fill(r) for r in requests}
+        fit = {k: ids for k, ids in filled.items() if len(ids) <= room}
+        if len(fit) < len(filled):
+            tally["examples too long"] += len(filled) - len(fit)
+        for ids in write(list(fit.values()), list(fit)):
             text, reason = judged(ids)
             tally[reason or "accepted"] += len(accepted) < count
             if reason is None and len(accepted) < count:
