@@ -14,6 +14,7 @@ Left out: outside judges over the network, judging in both orders (a score looks
 import argparse
 import importlib.util
 import json
+import math
 import re
 import sys
 from collections import Counter, defaultdict
@@ -40,7 +41,7 @@ def judge_prompt(template: str, prompt: str, response: str) -> str:
 
 
 MARKER = re.compile(r"score[\s*_]*:[\s*_]*", re.IGNORECASE)
-POINTS = re.compile(r"(\d+(?:\.\d+)?)(?![.,]?\d|\s*[-\u2013]\s*\d)(?:\s*(?:/|out of)\s*(\d+))?", re.IGNORECASE)
+POINTS = re.compile(r"(\d+(?:\.\d+)?)(?![.,]?\d|[ \t]*[-\u2013]\s*\d)(?:\s*(?:/|out of)\s*(\d+))?", re.IGNORECASE)
 
 
 def parse_score(text: str) -> float | None:
@@ -86,7 +87,7 @@ def mean_scores(judgements: list[dict]) -> dict[tuple, float]:
     for j in judgements:
         if j["score"] is not None:
             votes[j["id"], j["k"]].append(j["score"])
-    return {at: sum(v) / len(v) for at, v in votes.items()}
+    return {at: math.fsum(v) / len(v) for at, v in votes.items()}
 
 
 def prefer(prompts: list[dict], candidates: list[dict], scores: dict[tuple, float]) -> tuple[list[dict], Counter]:
@@ -132,8 +133,8 @@ def prefer(prompts: list[dict], candidates: list[dict], scores: dict[tuple, floa
 
 def midranks(values) -> np.ndarray:
     """Ranks from 0, ties share their mean rank."""
-    v = np.asarray(values, dtype=float)
-    return (v[:, None] > v).sum(1) + ((v[:, None] == v).sum(1) - 1) / 2
+    _, level, count = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
+    return (count.cumsum() - (count + 1) / 2)[level]
 
 
 def spearman(a, b) -> float | None:
@@ -162,7 +163,8 @@ def agreement(ranks: list[list[int]], scores: list[list[float | None]]) -> dict:
 
     The paper does not say how tied scores count, and it decides the numbers: `pairwise` leaves them out (the only
     reading under which its tables are possible), the two other readings stand beside it. Pairs that people rank
-    equal, and responses without a readable score, are in no pair; an ordering that has one is no exact match.
+    equal are in none of the three, nor are responses without a readable score. An exact match has the people's
+    whole ordering, their ties included.
     """
     right = wrong = tied = fives = five_best = exact = 0
     for r, s in zip(ranks, scores, strict=True):
@@ -215,7 +217,15 @@ def head_to_head(a: list[float], b: list[float], resamples: int = 10000) -> dict
 # ---- the report of a run -----------------------------------------------------------------------------------
 
 
-def read_rows(path: Path, *keys: str) -> list[dict]:
+def usable(row, key: str) -> bool:
+    """Texts are not blank, everything else is a list that is not empty or a stored log-probability."""
+    value = row.get(key) if isinstance(row, dict) else None
+    if key in ("prompt", "response", "judgement"):
+        return isinstance(value, str) and bool(value.strip())
+    return isinstance(value, float) or isinstance(value, list) and bool(value)
+
+
+def read_rows(path: Path, *keys: str, empty: bool = False) -> list[dict]:
     """JSON lines with at least `keys`; a bad row is named by file and line."""
     try:
         lines = path.read_bytes().decode("utf-8").split("\n")
@@ -230,12 +240,21 @@ def read_rows(path: Path, *keys: str) -> list[dict]:
                 row = json.loads(line)
             except ValueError as e:
                 raise BadInput(f"{path}:{number}: not valid JSON ({e}); mend or remove the line") from None
-            missing = [k for k in keys if not isinstance(row, dict) or row.get(k) in (None, "", [])]
+            missing = [k for k in keys if not usable(row, k)]
             if missing:
-                raise BadInput(f"{path}:{number}: no {' and no '.join(missing)}; mend or remove the line")
+                raise BadInput(f"{path}:{number}: no usable {' and '.join(missing)}; mend or remove the line")
             rows.append(row)
-    if not rows:
+    if not rows and not empty:
         raise BadInput(f"{path}: holds no rows; make it again or remove it")
+    return rows
+
+
+def read_ranked(path: Path) -> list[dict]:
+    """Rows of human rankings; one rank for every response."""
+    rows = read_rows(path, "prompt", "responses", "ranks")
+    for number, row in enumerate(rows, 1):
+        if len(row["responses"]) != len(row["ranks"]):
+            raise BadInput(f"{path}: row {number} has not one rank for each response; mend or remove it")
     return rows
 
 
@@ -270,13 +289,13 @@ def round_health(folder: Path, oracle=None) -> dict:
     scored = [c for c in candidates if (c["id"], c["k"]) in scores]
     points = [scores[c["id"], c["k"]] for c in scored]
     histogram = Counter(j["score"] for j in judgements if j["score"] is not None)
-    spread = defaultdict(set)
+    spread = defaultdict(list)
     for c, s in zip(scored, points, strict=True):
-        spread[c["id"]].add(s)
+        spread[c["id"]].append(s)
     health = {
         "prompts": len(prompts),
         "pairs": len(pairs),
-        "ties": sum(len(v) == 1 for v in spread.values()),
+        "ties": sum(len(v) > 1 and min(v) == max(v) for v in spread.values()),
         "parse_rate": parse_rate(judgements),
         "scores": {f"{s:g}": n for s, n in sorted(histogram.items())},
         "score_mean": mean(points),
@@ -305,7 +324,7 @@ def report(run: Path, oracle=None) -> dict:
     data, grades = Path(config["data"]), {}
     for name in names:
         folder = run / name
-        answers = read_rows(folder / "test.jsonl", "prompt") if (folder / "test.jsonl").exists() else []
+        answers = read_rows(folder / "test.jsonl", "prompt", empty=True) if (folder / "test.jsonl").exists() else []
         out["models"][name] = {
             "answers": len(answers),
             "characters": mean(len(a["response"]) for a in answers),
@@ -318,8 +337,8 @@ def report(run: Path, oracle=None) -> dict:
             criteria = {c: mean(float(p[c]) for p in points) for c in points[0]}
             out["models"][name] |= {"true_mean": mean(grades[name]), "criteria": criteria}
         if (folder / "exam.jsonl").exists():
-            exam = read_rows(data / "eft_eval.jsonl", "responses", "ranks")
-            out["agreement"][name] = examined(exam, read_rows(folder / "exam.jsonl"))
+            exam = read_ranked(data / "eft_eval.jsonl")
+            out["agreement"][name] = examined(exam, read_rows(folder / "exam.jsonl", empty=True))
         if (folder / "pairs.jsonl").exists():
             out["health"][name] = round_health(folder, oracle)
     graded = [name for name in names if name in grades]
@@ -354,7 +373,7 @@ def show(r: dict) -> str:
             [(k, f"{h['win']:.1f}", f"{h['tie']:.1f}", f"{h['lose']:.1f}", f"{h['win'] - h['lose']:+.1f}",
               f"[{h['low']:+.1f}, {h['high']:+.1f}]") for k, h in r["head_to_head"].items()],
         ))  # fmt: skip
-        names = list(next(iter(r["models"].values()))["criteria"])
+        names = next(m["criteria"] for m in r["models"].values() if "criteria" in m)
         parts.append(table(
             "True quality of the answers (0 to 5, and the share that earns each point)",
             ["", "mean", *names, "tokens", "truncated %"],

@@ -298,11 +298,14 @@ SHARD_INDEX = "model.safetensors.index.json"
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        d = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"{path}: not found; is {path.parent} a finished checkpoint or run folder?") from None
     except ValueError as e:
         raise BadInput(f"{path}: not valid JSON ({e}); copy or write it again") from None
+    if not isinstance(d, dict):
+        raise BadInput(f"{path}: not a JSON object; copy or write it again")
+    return d
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -335,6 +338,8 @@ def read_config(folder: Path) -> ModelConfig:
         )
     except KeyError as e:
         raise BadInput(f"{path}: {e} is missing; copy the checkpoint's config.json again") from None
+    if not all(isinstance(v, int | float) and v > 0 for k, v in vars(cfg).items() if k != "tied"):
+        raise BadInput(f"{path}: a size that is not a positive number; copy the checkpoint's config.json again")
     if (d.get("head_dim") or cfg.head_dim) * cfg.heads != cfg.dim or cfg.heads % cfg.kv_heads:
         raise BadInput(f"{path}: hidden_size, heads and head_dim do not fit together as in Llama 2")
     return cfg
@@ -378,7 +383,9 @@ def hf_name(name: str) -> str:
 def weight_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> the safetensors file that holds it."""
     index = folder / SHARD_INDEX
-    files = sorted({folder / f for f in read_json(index)["weight_map"].values()}) if index.exists() else []
+    files = sorted({folder / f for f in read_json(index).get("weight_map", {}).values()}) if index.exists() else []
+    if index.exists() and not files:
+        raise BadInput(f"{index}: names no weight files; copy it again")
     where = {}
     for file in files or [folder / "model.safetensors"]:
         if not file.is_file():
@@ -487,7 +494,8 @@ def parallelize(model: Llama, mesh, dtype: torch.dtype):
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in model.layers:
         fully_shard(block, mesh=mesh["dp"], mp_policy=policy)
-    fully_shard(model, mesh=mesh["dp"], mp_policy=policy)
+    # by default the root stays gathered after a forward pass, and an optimizer made then would update copies
+    fully_shard(model, mesh=mesh["dp"], mp_policy=policy, reshard_after_forward=True)
 
 
 @contextmanager
@@ -504,5 +512,5 @@ def gathered(model: nn.Module):
         yield model
     finally:
         for m in sharded:
-            m.set_reshard_after_forward(m is not model, recurse=False)
+            m.set_reshard_after_forward(True, recurse=False)
             m.reshard()

@@ -36,6 +36,13 @@ def uniforms(key: tuple, count: int) -> torch.Tensor:
     return torch.rand(count, generator=torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1))
 
 
+def check_finite(values):
+    """values (B, n): BadInput where a row holds NaN or infinity."""
+    bad = (~values.isfinite().all(-1)).nonzero().flatten().tolist()
+    if bad:
+        raise BadInput(f"the model's logits are not finite (rows {bad[:5]}); its weights are damaged")
+
+
 def pick(logits, u, temperature: float, top_p: float, slice_size: int = 64):
     """One token a row by inverting the cumulative distribution: logits (B, V) and u (B,) in [0, 1) -> ids (B,).
 
@@ -44,18 +51,23 @@ def pick(logits, u, temperature: float, top_p: float, slice_size: int = 64):
     p is the vocabulary sorted. Temperature 0 is greedy. Raises BadInput where logits are not finite.
     """
     if temperature == 0:
-        return logits.argmax(-1)
+        most, ids = logits.max(-1)
+        check_finite(most[:, None])
+        return ids
     probs = (logits / temperature).softmax(-1)
-    top, ids = probs.topk(min(slice_size, probs.shape[-1]))  # (B, slice), most likely first
-    if not (top.sum(-1) >= top_p).all():
-        bad = (~probs.isfinite().all(-1)).nonzero().flatten().tolist()
-        if bad:
-            raise BadInput(f"the model's logits are not finite (rows {bad[:5]}); its weights are damaged")
-        top, ids = probs.sort(dim=-1, descending=True)
-    before = top.cumsum(-1) - top
-    cumulative = (top * (before < top_p)).cumsum(-1)
-    choice = (cumulative <= u[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)  # (B, 1)
-    return ids.gather(-1, choice.clamp(max=ids.shape[-1] - 1)).squeeze(-1)
+    if top_p == 1:  # all tokens, in any order
+        check_finite(probs)
+        top, ids = probs, torch.arange(probs.shape[-1], device=probs.device).expand_as(probs)
+    else:
+        top, ids = probs.topk(min(slice_size, probs.shape[-1]))  # (B, slice), most likely first
+        if not (top.sum(-1) >= top_p).all():
+            check_finite(probs)
+            top, ids = probs.sort(dim=-1, descending=True)
+        top = top * (top.cumsum(-1) - top < top_p)
+    cumulative = top.cumsum(-1)
+    total = cumulative[:, -1:]
+    passed = (cumulative <= u[:, None] * total) & (cumulative < total)  # the last kept token cannot be passed
+    return ids.gather(-1, passed.sum(-1, keepdim=True)).squeeze(-1)
 
 
 # ---- many texts --------------------------------------------------------------------------------------------
@@ -238,22 +250,26 @@ def propose(
     template holds the places {1}, {2}, ... of its examples: `generated_shots` of them are prompts accepted
     earlier (while there are none, seeds), the others seed prompts, in random order. write(ids, keys) continues id
     lists; the first line of what it writes is the new prompt. A prompt too similar (ROUGE-L over `rouge`) to a
-    seed, to one accepted or to one of `taken` is dropped, as is one that stands in `held_out`. Requests whose
-    examples fill more than `room` tokens are not made.
+    seed, to one accepted or to one of `taken` is dropped, as is one that stands in `held_out`. Examples share
+    `room` tokens: a longer prompt than an equal part of it is never shown.
 
     Returns the prompts and a count of every rejection by reason. Raises BadInput after attempts * count requests.
     """
     shots = len(set(re.findall(r"\{(\d+)\}", template)))
-    if not shots or len(seeds) < shots:
-        raise BadInput(f"the prompt writer's template has {shots} places {{1}}, {{2}}, ..., and there are "
-                       f"{len(seeds)} seed prompts; it needs at least one place and as many seeds")  # fmt: skip
+    share = (room - len(tok.raw(template))) // max(1, shots)
+    seeds_shown, accepted_shown = [p for p in seeds if len(tok.encode(p)) <= share], []
+    if not shots or len(seeds_shown) < shots:
+        raise BadInput(
+            f"the prompt writer's template has {shots} places {{1}}, {{2}}, ..., and {len(seeds_shown)} of "
+            f"{len(seeds)} seed prompts fit one (of {share} tokens); it needs at least one place and as many prompts"
+        )
     held_out, accepted, tally, asked = set(held_out), [], Counter(), 0
     pool = [words(p) for p in [*seeds, *taken]]
 
     def fill(request: int) -> list[int]:
         rng = random.Random(repr((*key, request)))
-        new = rng.sample(accepted, min(generated_shots, len(accepted), shots))
-        examples = new + rng.sample(seeds, shots - len(new))
+        new = rng.sample(accepted_shown, min(generated_shots, len(accepted_shown), shots))
+        examples = new + rng.sample(seeds_shown, shots - len(new))
         rng.shuffle(examples)
         return tok.raw(re.sub(r"\{(\d+)\}", lambda m: examples[int(m[1]) - 1], template))
 
@@ -267,7 +283,7 @@ def propose(
             return text, "held out"
         new = words(text)
         for old in pool:  # no common subsequence is longer than the shorter text
-            if 2 * min(len(old), len(new)) > rouge * (len(old) + len(new)) and rouge_l(old, new) > rouge:
+            if 2 * min(len(old), len(new)) > rouge * (len(old) + len(new)) and rouge_l(old, new) > rouge or old == new:
                 return text, "too similar"
         return text, None
 
@@ -277,16 +293,13 @@ def propose(
                            "ask for fewer, or take a better writer or template")  # fmt: skip
         requests = range(asked, asked + min(wave, count - len(accepted) + 8))
         asked = requests.stop
-        filled = {(*key, r): fill(r) for r in requests}
-        fit = {k: ids for k, ids in filled.items() if len(ids) <= room}
-        if len(fit) < len(filled):
-            tally["examples too long"] += len(filled) - len(fit)
-        for ids in write(list(fit.values()), list(fit)):
+        for ids in write([fill(r) for r in requests], [(*key, r) for r in requests]):
             text, reason = judged(ids)
             tally[reason or "accepted"] += len(accepted) < count
             if reason is None and len(accepted) < count:
                 accepted.append(text)
                 pool.append(words(text))
+                accepted_shown += [text] if len(tok.encode(text)) <= share else []
     return accepted, tally
 
 

@@ -26,6 +26,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads sleep: where cores are shared, spinning costs 20x
+
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -167,7 +169,7 @@ def self_reward(cfg: Config, mesh, data: dict, start: str, end: str):
             respond = partial(sample.respond, model, tok, key=(cfg.seed, end, "responses"), n=cfg.candidates,
                               max_new=cfg.max_response, tick=bar, **knobs)  # fmt: skip
             put(cfg, end, "candidates.jsonl", in_order(spread(fit, respond)))
-    candidates = read_rows(Path(cfg.out) / end / "candidates.jsonl")
+    candidates = read_rows(Path(cfg.out) / end / "candidates.jsonl", empty=True)
     texts = {p["id"]: p["prompt"] for p in prompts}
     if not done(cfg, end, "judgements.jsonl"):
         with gathered(model), progress(f"{start} judges", len(candidates) * cfg.votes, "judgements") as bar:
@@ -175,7 +177,7 @@ def self_reward(cfg: Config, mesh, data: dict, start: str, end: str):
                             votes=cfg.votes, max_new=cfg.max_judgement, tick=bar, **knobs)  # fmt: skip
             asked = [c | {"prompt": texts[c["id"]]} for c in candidates]
             put(cfg, end, "judgements.jsonl", in_order(spread(asked, score)))
-    judgements = read_rows(Path(cfg.out) / end / "judgements.jsonl")
+    judgements = read_rows(Path(cfg.out) / end / "judgements.jsonl", empty=True)
     scores = judge.mean_scores(judgements)
     if cfg.control == "shuffle":
         scores = shuffled(scores, (cfg.seed, end, "control"))
@@ -293,11 +295,11 @@ def optimize(cfg: Config, mesh, model, name, plan, examples, *, pack, loss, unit
             sums.update({k: v.item() * weight / total for k, v in shown.items()})
             tokens += tensors[0].numel()
         sums = reduced(sums)
-        if not math.isfinite(sums["loss"]):
-            raise BadInput(f"{name}: the loss is {sums['loss']} at step {step + 1}; nothing of it was saved, older "
-                           "models are whole: lower the learning rate and start again")  # fmt: skip
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        if not math.isfinite(sums["loss"] + norm):
+            raise BadInput(f"{name}: loss {sums['loss']}, gradient norm {norm} at step {step + 1}; nothing of {name} "
+                           "was saved, earlier models are whole: lower the learning rate, start again")  # fmt: skip
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds = time.time() - began
@@ -396,13 +398,15 @@ def open_run(cfg: Config) -> dict:
         "propose": texts[data / "propose.txt"],
         "ift": read_rows(data / "ift.jsonl", "prompt", "response"),
         "eft": rows("eft.jsonl", "prompt", "response", "judgement"),
-        "exam": rows("eft_eval.jsonl", "prompt", "responses", "ranks"),
+        "exam": judge.read_ranked(data / "eft_eval.jsonl") if (data / "eft_eval.jsonl").exists() else [],
         "test": rows("test.jsonl", "prompt"),
     }
     found["held_out"] = [r["prompt"] for r in found["exam"] + found["test"] + rows("valid.jsonl", "prompt")]
     for number, row in enumerate(found["eft"], 1):
         if judge.parse_score(row["judgement"]) is None:
             raise BadInput(f"{data}/eft.jsonl: judgement {number} has no readable `Score: n` at its end; mend it")
+    if cfg.writer and not Path(cfg.writer).is_dir():
+        raise BadInput(f"{cfg.writer}: no such folder; --writer names the checkpoint that writes the new prompts")
     for file, what in (("eft.jsonl", "M1 learns from ift.jsonl alone"), ("test.jsonl", "models are not compared"),
                        ("eft_eval.jsonl", "judges are not examined")):  # fmt: skip
         if not (data / file).exists():
@@ -556,7 +560,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
     recipe = read_json(path) if path.exists() else {}
     for key, value in recipe.items():
         kind = Config.__dataclass_fields__[key].type if key in helps else None
-        if kind is None or not isinstance(value, (int, float) if kind is float else kind):
+        if kind is None or isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
             raise BadInput(f"{path}: {key!r}: {value!r} is no knob or has the wrong type; see train.py --help")
     return checked(replace(Config(), **recipe | given))
 
@@ -576,7 +580,7 @@ def checked(cfg: Config) -> Config:
         (cfg.beta > 0 and cfg.nll >= 0, "--beta is positive and --nll not negative"),
         (cfg.control in ("", "shuffle"), "--control is shuffle or nothing"),
         (cfg.dtype in ("", "float32", "bfloat16"), "--dtype is float32 or bfloat16"),
-        (re.fullmatch(r"(M[1-9]\d*)?", cfg.reference), "--reference names a model of the run, such as M1"),
+        (cfg.reference in ("", "M1"), "--reference is M1 or nothing"),
     ):
         if not ok:
             raise BadInput(what)

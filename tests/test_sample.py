@@ -1,0 +1,617 @@
+"""sample.py: one decoder in all its disguises, the sampler against exact distributions, the prompt filter, the chat."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT, random_net
+from scipy import stats
+
+import sample
+from model import BadInput, load
+from sample import generate, pick, propose, respond, rouge_l, say, stream, unfit, uniforms
+
+
+@pytest.fixture(scope="module")
+def lists(tok):
+    """Ragged prompts: with a common beginning, without one, one a prefix of another, two equal, a single token."""
+    common = tok.chat("Where does the otter live?")
+    return {
+        "common": [common + tok.encode(t) for t in ("The", "The otter lives in", "rivers and", "x", "")],
+        "none": [tok.encode("fox is red"), [tok.bos], tok.chat("Compare the bear with the seal."), [tok.bos, 7]],
+        "nested": [common[:3], common[:3], common, common[:5] + common],
+    }
+
+
+def plain_loop(net, prompt, u, stop, max_new, temperature, top_p):
+    """The slow truth: a full forward pass without a cache for every token."""
+    out = []
+    with torch.no_grad():
+        for step in range(max_new):
+            logits = net(torch.tensor([prompt + out]))[:, -1]
+            out.append(pick(logits, u[step : step + 1], temperature, top_p).item())
+            if out[-1] in stop:
+                break
+    return out
+
+
+KNOBS = {"greedy": {"temperature": 0, "top_p": 0.9}, "sampled": {"temperature": 0.9, "top_p": 0.95}}
+
+
+# ---- decoding
+
+
+def test_greedy_decoding_of_real_weights_gives_the_known_text(shared):
+    net, tok = load(shared / "stories260K" / "hf")
+    want = json.loads((shared / "stories260K" / "greedy.json").read_text())
+    new = len(want["ids"]) - 1
+    out = generate(net.eval(), [[tok.bos]], [(0,)], stop=[tok.eos], max_new=new, temperature=0)
+    assert [tok.bos, *out[0][0]] == want["ids"]
+    assert tok.decode(out[0][0]) == want["text"]
+    tokens, loop = torch.tensor([[tok.bos]]), []
+    with torch.no_grad():
+        for _ in range(40):
+            loop.append(net(tokens)[0, -1].argmax().item())
+            tokens = torch.cat((tokens, torch.tensor([loop[-1:]])), 1)
+    assert out[0][0][:40] == loop
+
+
+@pytest.mark.parametrize("knobs", KNOBS.values(), ids=KNOBS.keys())
+@pytest.mark.parametrize("kind", ["common", "none", "nested"])
+def test_cached_batched_decoding_equals_the_uncached_loop_one_by_one(net, tok, lists, kind, knobs):
+    prompts, max_new, n = lists[kind], 12, 2
+    keys = [("k", i) for i in range(len(prompts))]
+    rng = random.Random(0)
+    stop = rng.sample(range(net.cfg.vocab_size), 20)  # rows end at different steps, so that rows are dropped
+    us = [[uniforms((*key, k), max_new) for k in range(n)] for key in keys]
+    want = [[plain_loop(net, p, u, stop, max_new, **knobs) for u in row] for p, row in zip(prompts, us, strict=True)]
+    assert len({len(ids) for row in want for ids in row}) > 1, "some rows should end early"
+    for batch in (1, 3, 4, 256):
+        assert generate(net, prompts, keys, stop=stop, max_new=max_new, n=n, batch=batch, **knobs) == want
+    order = list(range(len(prompts)))
+    rng.shuffle(order)
+    shuffled = generate(
+        net, [prompts[i] for i in order], [keys[i] for i in order], stop=stop, max_new=max_new, n=n, batch=6, **knobs
+    )
+    assert shuffled == [want[i] for i in order]
+    alone = [generate(net, [p], [k], stop=stop, max_new=max_new, n=n, **knobs)[0] for p, k in zip(prompts, keys, strict=True)]  # fmt: skip  # noqa: E501
+    assert alone == want
+
+
+def test_the_samples_of_a_prompt_differ_and_do_not_depend_on_how_many_are_drawn(net, lists):
+    prompts = lists["common"][:2]
+    keys = [(0,), (1,)]
+    knobs = {"stop": [], "max_new": 10, "temperature": 1.0, "top_p": 1.0}
+    four = generate(net, prompts, keys, n=4, **knobs)
+    for samples in four:
+        assert len({tuple(s) for s in samples}) == 4
+    assert [s[:1] for s in four] == generate(net, prompts, keys, n=1, **knobs)
+    shorter = generate(net, prompts, keys, n=4, **knobs | {"max_new": 4})
+    assert shorter == [[s[:4] for s in samples] for samples in four]
+    assert generate(net, prompts, [(2,), (1,)], n=4, **knobs)[0] != four[0], "another key, other samples"
+    assert generate(net, prompts, [(2,), (1,)], n=4, **knobs)[1] == four[1]
+
+
+def test_samples_exclude_the_prompt_and_end_exactly_at_a_stop_token(net, lists):
+    stop, max_new = list(range(0, net.cfg.vocab_size, 9)), 16
+    prompts = lists["nested"] * 8
+    heard = []
+    keys = [(i,) for i in range(len(prompts))]
+    out = generate(net, prompts, keys, stop=stop, max_new=max_new, n=2, temperature=1.0, top_p=1.0, batch=10,
+                   tick=lambda tokens, finished: heard.append((tokens, finished)))  # fmt: skip
+    flat = [ids for samples in out for ids in samples]
+    assert len(flat) == 2 * len(prompts)
+    lengths = Counter()
+    for ids in flat:
+        assert not set(ids[:-1]) & set(stop), "nothing follows a stop token"
+        assert 1 <= len(ids) <= max_new and (ids[-1] in stop or len(ids) == max_new)
+        lengths[len(ids)] += 1
+    assert lengths[max_new] and len(lengths) > 5, "both ways to end occur"
+    assert sum(t for t, _ in heard) == sum(map(len, flat))
+    assert sum(f for _, f in heard) == len(flat)
+
+
+def test_the_length_limit_may_coincide_with_a_stop_token(net):
+    first = generate(net, [[1, 5]], [(0,)], stop=[], max_new=3, temperature=0)[0][0]
+    for last in range(1, 4):
+        if first[last - 1] not in first[: last - 1]:
+            assert generate(net, [[1, 5]], [(0,)], stop=[first[last - 1]], max_new=last, temperature=0)[0][0] == first[:last]  # fmt: skip  # noqa: E501
+
+
+def test_no_prompts_give_no_samples(net):
+    assert generate(net, [], [], stop=[2], max_new=4) == []
+
+
+def test_sampling_keeps_no_graph_and_leaves_gradients_on_for_its_consumer(net, monkeypatch):
+    def spy(logits, *args):
+        assert not torch.is_grad_enabled() and not logits.requires_grad
+        return pick(logits, *args)
+
+    monkeypatch.setattr(sample, "pick", spy)
+    steps = 0
+    for _ in stream(net, [[1, 5]], [(0,)], stop=[], max_new=3):
+        assert torch.is_grad_enabled()
+        steps += 1
+    assert steps == 3 and torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [{"top_p": 0.0}, {"top_p": 1.01}, {"top_p": -0.5}, {"temperature": -1}, {"max_new": 0}, {"n": 0},
+     {"top_p": float("nan")}],
+)  # fmt: skip
+def test_knobs_out_of_range_are_refused(net, knobs):
+    with pytest.raises(BadInput, match="temperature"):
+        generate(net, [[1]], [(0,)], **{"stop": [], "max_new": 2} | knobs)
+
+
+def test_a_prompt_too_long_for_the_context_is_named(cfg):
+    small = random_net(replace(cfg, max_len=16))
+    assert len(generate(small, [[1] * 4, [1] * 12], [(0,), (1,)], stop=[], max_new=4)[1][0]) == 4, "it just fits"
+    with pytest.raises(BadInput, match=r"prompt 1 has 13 tokens.* 4 new.* 16"):
+        generate(small, [[1] * 4, [1] * 13], [(0,), (1,)], stop=[], max_new=4)
+
+
+# ---- one token
+
+
+def nucleus(logits, temperature, top_p):
+    """The distribution top-p sampling should have, by sorting in fp64: {id: probability}."""
+    p = (logits.double() / temperature).softmax(-1)
+    order = p.argsort(descending=True).tolist()
+    kept, mass = [], 0.0
+    for i in order:
+        if mass >= top_p:
+            break
+        kept.append(i)
+        mass += p[i].item()
+    return {i: p[i].item() / mass for i in kept}
+
+
+def distribution(logits, temperature, top_p, grid=4001, **knobs):
+    """What pick() really draws from: the share of u in [0, 1) that leads to each id."""
+    u = (torch.arange(grid) + 0.5) / grid
+    drawn = pick(logits.expand(grid, -1), u, temperature, top_p, **knobs)
+    return {i: c / grid for i, c in Counter(drawn.tolist()).items()}
+
+
+def shapes_of_logits():
+    g = torch.Generator().manual_seed(0)
+    r = torch.randn(300, generator=g)
+    peaked = torch.zeros(300)
+    peaked[17] = 12.0
+    return {"random": r, "wide": 4 * r, "peaked": peaked, "flat": 0.01 * r, "low tail": torch.where(r > 1, r, -1e9)}
+
+
+@pytest.mark.parametrize("slice_size", [1, 64, 1000])
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
+@pytest.mark.parametrize("shape", shapes_of_logits())
+def test_pick_draws_from_the_explicit_nucleus(shape, top_p, slice_size):
+    logits = shapes_of_logits()[shape]
+    for temperature in (0.7, 1.3):
+        want = nucleus(logits, temperature, top_p)
+        have = distribution(logits, temperature, top_p, slice_size=slice_size)
+        assert have.keys() <= want.keys()
+        assert all(abs(have.get(i, 0) - p) < 4e-4 for i, p in want.items())
+
+
+def test_the_slice_and_the_full_sort_pick_the_same_tokens_row_by_row():
+    g = torch.Generator().manual_seed(1)
+    logits = torch.randn(500, 200, generator=g) * torch.rand(500, 1, generator=g) * 8  # flat and peaked rows mixed
+    u = torch.rand(500, generator=g)
+    full = pick(logits, u, 0.8, 0.9, slice_size=200)
+    assert torch.equal(pick(logits, u, 0.8, 0.9, slice_size=10), full)
+    alone = torch.cat([pick(logits[i : i + 1], u[i : i + 1], 0.8, 0.9, slice_size=10) for i in range(500)])
+    assert torch.equal(alone, full), "a row that needs the full sort changes no other row"
+
+
+def test_the_token_that_crosses_p_is_kept_and_the_next_is_not():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    assert distribution(logits, 1.0, 0.6).keys() == {0, 1}
+    assert distribution(logits, 1.0, 0.49).keys() == {0}
+    assert distribution(logits, 1.0, 0.81).keys() == {0, 1, 2}
+    have = distribution(logits, 1.0, 0.6)
+    assert have[0] == pytest.approx(0.5 / 0.8, abs=1e-3)
+    have = distribution(logits, 1.0, 1.0)
+    assert have == pytest.approx({0: 0.5, 1: 0.3, 2: 0.15, 3: 0.05}, abs=1e-3)
+
+
+def test_the_ends_of_the_unit_interval_pick_the_first_and_the_last_token_of_the_nucleus():
+    logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()
+    below_one = torch.tensor([1.0]).nextafter(torch.tensor([0.0]))
+    assert pick(logits, torch.zeros(1), 1.0, 0.9).item() == 1
+    assert pick(logits, below_one, 1.0, 0.9).item() == 0
+    assert pick(logits, below_one, 1.0, 1.0).item() == 3, "top_p 1 keeps the order of the ids"
+    equal = pick(torch.zeros(3, 4), torch.tensor([0.2, 0.25, 0.3]), 1.0, 1.0).tolist()
+    assert equal[0] != equal[1] == equal[2], "each token owns its lower bound"
+
+
+def test_temperature_zero_is_argmax_and_a_low_one_nearly():
+    logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(2))
+    u = torch.rand(50, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(pick(logits, u, 0, 0.9), logits.argmax(-1))
+    assert torch.equal(pick(logits, u, 1e-4, 1.0), logits.argmax(-1))
+    assert not torch.equal(pick(logits, u, 1.0, 1.0), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused(bad, temperature):
+    logits = torch.zeros(4, 100)
+    logits[2, 50] = bad
+    with pytest.raises(BadInput, match="2"):
+        pick(logits, torch.full((4,), 0.5), temperature, 0.9)
+
+
+def test_damaged_weights_are_reported_by_the_sampler(cfg):
+    broken = random_net(cfg)
+    with torch.no_grad():
+        broken.norm.weight[3] = float("nan")
+    with pytest.raises(BadInput, match="weights"):
+        generate(broken, [[1, 2]], [(0,)], stop=[], max_new=2)
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.9), (1.5, 0.5)])
+def test_first_tokens_come_as_often_as_their_probabilities_say(net, temperature, top_p):
+    """10,000 samples of one prompt through the whole machinery; a fixed seed, so this cannot fail by chance."""
+    prompt, n = [1, 40, 41, 42], 10_000
+    drawn = [ids[0] for ids in generate(net, [prompt], [("chi",)], n=n, stop=[], max_new=1, batch=n,
+                                        temperature=temperature, top_p=top_p)[0]]  # fmt: skip
+    with torch.no_grad():
+        want = nucleus(net(torch.tensor([prompt]))[0, -1], temperature, top_p)
+    have = Counter(drawn)
+    assert have.keys() <= want.keys() and len(want) > 3
+    common = [i for i, p in want.items() if n * p >= 5]
+    observed = [have[i] for i in common]
+    expected = [n * want[i] for i in common]
+    if rest := n - sum(expected):
+        observed, expected = [*observed, n - sum(observed)], [*expected, rest]
+    scale = sum(observed) / sum(expected)
+    assert stats.chisquare(observed, [e * scale for e in expected]).pvalue > 0.01
+
+
+# ---- random numbers
+
+
+def test_uniforms_depend_on_the_key_alone():
+    torch.manual_seed(1)
+    random.seed(1)
+    a = uniforms((0, "M1", "responses", 7, 2), 50)
+    torch.manual_seed(2)
+    torch.rand(10)
+    assert torch.equal(uniforms((0, "M1", "responses", 7, 2), 50), a)
+    assert torch.equal(uniforms((0, "M1", "responses", 7, 2), 20), a[:20]), "a longer row only goes on"
+    others = [(1, "M1", "responses", 7, 2), (0, "M2", "responses", 7, 2), (0, "M1", "votes", 7, 2),
+              (0, "M1", "responses", 8, 2), (0, "M1", "responses", 7, 3), (0, "M1", "responses", "7", 2),
+              (0, "M1", "responses", 72), (0, "M1", "responses", 7)]  # fmt: skip
+    for key in others:
+        assert not torch.equal(uniforms(key, 50), a)
+
+
+def test_uniforms_are_uniform_within_and_across_keys():
+    within = uniforms(("w",), 20_000)
+    across = torch.stack([uniforms(("a", i, k), 2) for i in range(1000) for k in range(4)])
+    for drawn in (within, across[:, 0], across[:, 1]):
+        assert drawn.min() >= 0 and drawn.max() < 1
+        assert stats.kstest(drawn.numpy(), "uniform").pvalue > 0.01
+    assert abs(stats.pearsonr(across[:, 0], across[:, 1]).statistic) < 0.05
+    assert abs(stats.pearsonr(across[:-1, 0], across[1:, 0]).statistic) < 0.05
+
+
+# ---- candidates
+
+
+def test_responses_are_marked_truncated_iff_they_do_not_end_in_eos(cfg, tok):
+    eager = random_net(cfg)
+    with torch.no_grad():
+        eager.lm_head.weight[tok.eos] *= 1.5  # ends early often, and not always
+    rows = [{"id": i, "prompt": p} for i, p in enumerate(["What is the fox?", "the owl", "Compare", "wolf?"])]
+    out = respond(eager, tok, rows, key=(0, "M1"), n=4, max_new=12, temperature=1.0, top_p=1.0)
+    assert [(r["id"], r["k"]) for r in out] == [(i, k) for i in range(4) for k in range(4)]
+    assert {r["truncated"] for r in out} == {True, False}
+    for r in out:
+        assert r["truncated"] == (r["tokens"][-1] != tok.eos)
+        assert tok.eos not in r["tokens"][:-1]
+        assert len(r["tokens"]) == 12 if r["truncated"] else len(r["tokens"]) <= 12
+        text = tok.decode([t for t in r["tokens"] if t != tok.eos])
+        assert r["response"] == text.strip()
+    ended = next(r for r in out if r["id"] == 0 and not r["truncated"])
+    limit = {"key": (0, "M1"), "n": 4, "temperature": 1.0, "top_p": 1.0, "max_new": len(ended["tokens"])}
+    assert ended in respond(eager, tok, rows[:1], **limit), "an end at the very limit is an end"
+    again = respond(eager, tok, rows[2:3], key=(0, "M1"), n=4, max_new=12, temperature=1.0, top_p=1.0)
+    assert again == out[8:12], "alone as among others"
+    assert respond(eager, tok, rows[:1], key=(1, "M1"), n=4, max_new=12, temperature=1.0, top_p=1.0) != out[:4]
+
+
+def test_the_defaults_are_the_papers_settings(net, tok, monkeypatch):
+    seen = {}
+
+    def spy(logits, u, temperature, top_p):
+        seen.update(temperature=temperature, top_p=top_p)
+        return pick(logits, u, temperature, top_p)
+
+    monkeypatch.setattr(sample, "pick", spy)
+    assert len(respond(net, tok, [{"id": 0, "prompt": "Hi"}], key=(0,), max_new=2)) == 4
+    assert seen == {"temperature": 0.7, "top_p": 0.9}
+
+
+# ---- the filter of new prompts
+
+
+def lcs(a, b):
+    """The textbook table."""
+    table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            table[i + 1][j + 1] = table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
+    return table[-1][-1]
+
+
+def test_rouge_l_equals_the_textbook_table_on_random_word_lists():
+    rng = random.Random(0)
+    for _ in range(1500):
+        letters = "abcdefghij"[: rng.randint(1, 10)]
+        a, b = ([rng.choice(letters) for _ in range(rng.randint(0, rng.choice([3, 12, 80])))] for _ in range(2))
+        want = 2 * lcs(a, b) / (len(a) + len(b)) if a or b else 0.0
+        assert rouge_l(a, b) == pytest.approx(want)
+
+
+def test_rouge_l_by_hand():
+    a, b = ["the", "cat", "sat", "on", "the", "mat"], ["the", "cat", "lay", "on", "a", "mat"]
+    assert rouge_l(a, b) == pytest.approx(2 * 4 / 12)
+    assert rouge_l(a, a) == 1.0 and rouge_l(a, []) == 0.0 and rouge_l([], []) == 0.0
+    assert rouge_l(a, list(reversed(a))) < 0.6
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("", "too short"),
+        ("What is this?", "too short"),
+        ("What is this now?", None),
+        ("word " * 150, None),
+        ("word " * 151, "too long"),
+        ("- List the four winds", "odd first character"),
+        ("Über den Wolken fliegt er", "odd first character"),
+        ("2 birds sat on a fence", None),
+        ("Write a program that adds numbers", "asks for a program"),
+        ("Write a programme for the evening", "asks for a program"),
+        ("Please write a program that adds", None),
+        ("Describe the image shown to you", "asks for more than text"),
+        ("Draw a house with a garden", "asks for more than text"),
+        ("Explain the GRAPH in plain words", "asks for more than text"),
+        ("Go to the shop and buy bread", "asks for more than text"),
+        ("Summarise the following two files: a, b", "asks for more than text"),
+        ("Imagine a filed complaint about mapping", None),  # only whole words count
+        ("How did the plotter withdraw his paragraph?", None),
+    ],
+)
+def test_unfit_prompts_are_dropped_for_the_right_reason(text, reason):
+    assert unfit(text.strip()) == reason
+
+
+SEEDS = [f"Where does animal number {i} {verb} today?" for i, verb in enumerate(
+    ["sleep", "hunt", "hide", "swim", "sing", "run", "eat", "drink", "fly", "climb"])]  # fmt: skip
+TEMPLATE = "New questions:\n1. {1}\n2. {2}\n3. {3}\n4. {4}\n5. {5}\n6. {6}\n7. {7}\n8. {8}\n9."
+
+
+def fresh(number: int) -> str:
+    """A prompt unlike every other one."""
+    rng = random.Random(number)
+    return "Tell " + " ".join("".join(rng.choices("bcdfgklmnprstaeiou", k=6)) for _ in range(6))
+
+
+class Writer:
+    """A scripted writer: answers request after request from a list, then with fresh prompts; remembers what it saw."""
+
+    def __init__(self, tok, script=(), end=None):
+        self.tok, self.script, self.end = tok, list(script), [tok.eos] if end is None else end
+        self.seen, self.keys, self.waves = [], [], []
+
+    def __call__(self, ids, keys):
+        self.seen += [self.tok.decode(i[1:]) for i in ids]
+        assert all(i[0] == self.tok.bos and i.count(self.tok.bos) == 1 for i in ids)
+        self.waves.append(len(ids))
+        out = []
+        for key in keys:
+            number = len(self.keys)
+            self.keys.append(key)
+            text = self.script[number] if number < len(self.script) else fresh(number)
+            out.append(text if isinstance(text, list) else self.tok.encode(text) + self.end)
+        return out
+
+
+def examples(request: str) -> list[str]:
+    found = re.findall(r"^\d\. (.+)$", request, re.MULTILINE)
+    assert len(found) == 8
+    return found
+
+
+def test_requests_hold_six_seeds_and_two_accepted_prompts_after_the_first_wave(tok):
+    write = Writer(tok)
+    new, tally = propose(write, tok, TEMPLATE, SEEDS, 40, key=(0,), wave=10)
+    assert len(new) == 40 and tally["accepted"] == 40
+    places = Counter()
+    for i, request in enumerate(write.seen):
+        made = [e for e in examples(request) if e in new]
+        assert len(set(examples(request))) == 8, "no example twice"
+        assert sum(e in SEEDS for e in examples(request)) == 8 - len(made)
+        assert len(made) == (0 if i < 10 else 2)
+        assert all(new.index(e) < 10 * (i // 10) for e in made), "only prompts accepted before"
+        places.update(examples(request).index(e) for e in made)
+    assert len(places) == 8, "in random order"
+
+
+def test_the_length_of_a_request_does_not_grow_over_calls(tok):
+    write, seeds, taken = Writer(tok), list(SEEDS), []
+    for call in range(4):
+        taken += propose(write, tok, TEMPLATE, seeds, 12, key=(call,), wave=4, taken=taken)[0]
+    assert len(taken) == 48 and seeds == SEEDS
+    assert all(len(examples(r)) == 8 and len(r.split("\n")) == 10 for r in write.seen)
+
+
+def test_every_bad_prompt_is_dropped_and_counted_by_its_reason(tok):
+    taken, held_out = ["Tell me which boots the ferryman wore", fresh(1001)], ["Why is the evening sky so red?"]
+    good = fresh(1002)
+    near = " ".join(good.split()[:-1] + ["otherwise"])  # six of seven words in common
+    part = " ".join(good.split()[:4])  # rouge 8/11
+    double = good + " " + " ".join(fresh(1003).split()[1:]) + " indeed"  # rouge 14/21
+    script = {
+        SEEDS[3]: "too similar",
+        SEEDS[4].upper(): "too similar",
+        taken[0]: "too similar",
+        taken[1]: "too similar",
+        held_out[0]: "held out",
+        good: "accepted",
+        good + " ": "too similar",
+        near: "too similar",
+        part: "too similar",
+        double: "accepted",
+        "Too short this": "too short",
+        "long " * 151: "too long",
+        "!Odd start of a line": "odd first character",
+        "Write a program that prints primes": "asks for a program",
+        "Describe this picture in two words": "asks for more than text",
+        "": "too short",
+    }
+    write = Writer(tok, [*script, tok.encode("Tell me all that you know about") + [tok.encode("a")[-1]]])
+    new, tally = propose(write, tok, TEMPLATE, SEEDS, 20, key=(0,), taken=taken, held_out=held_out, wave=5)
+    want = Counter(script.values()) + Counter(["cut by the length limit"])
+    assert {k: v for k, v in tally.items() if v and k != "accepted"} == {k: v for k, v in want.items() if k != "accepted"}  # fmt: skip  # noqa: E501
+    assert tally["accepted"] == len(new) == len(set(new)) == 20
+    assert good in new and double in new
+    assert not set(new) & {*SEEDS, *taken, *held_out, near, part}
+
+
+def test_no_prompt_comes_twice_even_where_similar_ones_are_allowed(tok):
+    taken, made = [fresh(2001)], fresh(2002)
+    write = Writer(tok, [SEEDS[0], taken[0], made, made])
+    new, tally = propose(write, tok, TEMPLATE, SEEDS, 5, key=(0,), taken=taken, rouge=1.0)
+    assert len(set(new)) == 5 and made in new
+    assert not set(new) & {*SEEDS, *taken} and sum(tally.values()) == 5 + 3
+
+
+def test_the_first_line_of_what_is_written_is_the_new_prompt(tok):
+    newline = tok.encode("a\n")[-1]
+    assert newline in tok.newlines
+    one, two = fresh(1), fresh(2)
+    write = Writer(tok, [tok.encode(f"  {one} ") + [newline], tok.encode(f"{two}\nAnswer: no") + [tok.eos]])
+    new, _ = propose(write, tok, TEMPLATE, SEEDS, 2, key=(0,))
+    assert new == [one, two]
+
+
+def test_equal_keys_give_equal_requests_and_other_keys_others(tok):
+    runs = []
+    for key in [(0, "a"), (0, "a"), (1, "a")]:
+        write = Writer(tok)
+        runs.append((propose(write, tok, TEMPLATE, SEEDS, 15, key=key, wave=6), write.seen, write.keys))
+    assert runs[0] == runs[1]
+    assert runs[0][1] != runs[2][1]
+    assert len(set(runs[0][2])) == len(runs[0][2]), "every request has random numbers of its own"
+    assert not set(runs[0][2]) & set(runs[2][2])
+
+
+def test_braces_in_seed_prompts_survive(tok):
+    write = Writer(tok)
+    seeds = [f"What does {{{i}}} mean in template {i}?" for i in range(1, 9)]
+    propose(write, tok, TEMPLATE, seeds, 1, key=(0,))
+    assert sorted(examples(write.seen[0])) == sorted(seeds)
+
+
+def test_examples_share_the_room_and_a_longer_prompt_is_never_shown(tok):
+    long = "Tell " + "x1y2 " * 100
+    write = Writer(tok)
+    new, _ = propose(write, tok, "{1}\n{2}\nnext:", [*SEEDS, long], 30, key=(0,), room=150)
+    assert len(new) == 30 and all(len(tok.raw(r)) <= 150 for r in write.seen)
+    assert not any("x1y2" in r for r in write.seen)
+    with pytest.raises(BadInput, match=r"0 of \d+ seed prompts fit"):
+        propose(Writer(tok), tok, TEMPLATE, SEEDS, 5, key=(0,), room=3)
+
+
+def test_a_writer_that_repeats_itself_is_given_up_after_bounded_attempts(tok):
+    write = Writer(tok, [fresh(0)] * 10_000)
+    with pytest.raises(BadInput, match=r"only 1 of 7 .*too similar") as e:
+        propose(write, tok, TEMPLATE, SEEDS, 7, key=(0,), attempts=3, wave=4)
+    assert "\n" not in str(e.value)
+    assert 21 <= len(write.keys) <= 21 + 4 and max(write.waves) <= 4
+
+
+@pytest.mark.parametrize("template, seeds", [("no place", SEEDS), (TEMPLATE, SEEDS[:7]), ("", SEEDS)])
+def test_a_template_that_cannot_be_filled_is_refused(tok, template, seeds):
+    with pytest.raises(BadInput, match="template"):
+        propose(Writer(tok), tok, template, seeds, 1, key=(0,))
+
+
+# ---- in the terminal
+
+
+def test_the_streamed_answer_equals_the_generated_one(net, tok, capsys):
+    knobs = {"max_new": 30, "temperature": 1.0, "top_p": 0.95}
+    for key in range(5):
+        text = say(net, tok, ["Tell me", "no", "why?"], (key,), **knobs)
+        assert capsys.readouterr().out == text + "\n"
+        want = generate(net, [tok.chat("Tell me", "no", "why?")], [(key,)], stop=[tok.eos], **knobs)[0][0]
+        whole = tok.decode([i for i in want if i != tok.eos])
+        assert whole.rstrip("\ufffd").startswith(text.rstrip("\ufffd")) and len(text) >= len(whole.rstrip("\ufffd"))
+
+
+def command(*args):
+    return subprocess.run([sys.executable, "sample.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_command_answers_one_prompt_with_the_sample_its_seed_names(shared):
+    folder = shared / "stories260K" / "hf"
+    made = command(
+        folder, "Once upon a time", "--temperature", "0.8", "--top-p", "0.95", "--max-new", "20", "--seed", "7"
+    )
+    net, tok = load(folder)
+    knobs = {"max_new": 20, "temperature": 0.8, "top_p": 0.95}
+    want = generate(net, [tok.chat("Once upon a time")], [(7, 0)], stop=[tok.eos], **knobs)[0][0]
+    assert made.returncode == 0, made.stderr
+    assert made.stdout == tok.decode([i for i in want if i != tok.eos]) + "\n"
+
+
+def test_the_chat_remembers_its_turns_until_an_empty_line(shared, monkeypatch, capsys):
+    lines, seen = iter(["Once there was", "and then", "", "Again"]), []
+
+    def type_in(mark):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    def spy(model, prompts, *args, **knobs):
+        seen.extend(prompts)
+        return stream(model, prompts, *args, **knobs)
+
+    monkeypatch.setattr("builtins.input", type_in)
+    monkeypatch.setattr(sample, "stream", spy)
+    folder = shared / "stories260K" / "hf"
+    monkeypatch.setattr(sys, "argv", ["sample.py", str(folder), "--max-new", "5"])
+    sample.main()
+    _, first, second, third, _ = capsys.readouterr().out.split("\n", 4)
+    tok = load(folder)[1]
+    assert seen == [tok.chat("Once there was"), tok.chat("Once there was", first, "and then"), tok.chat("Again")]
+    assert second and third
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [(["Hi", "--top-p", "0"], "top-p"), (["Hi " * 400], "context"), (["Hi", "--max-new", "0"], "max_new")],
+)
+def test_the_command_refuses_what_it_cannot_do(shared, monkeypatch, args, message):
+    monkeypatch.setattr(sys, "argv", ["sample.py", str(shared / "stories260K" / "hf"), *args])
+    with pytest.raises(BadInput, match=message):
+        sample.main()
+
+
+def test_the_command_reports_bad_input_in_one_line_and_with_exit_status_1():
+    made = command("/nowhere", "Hi")
+    assert made.returncode == 1 and made.stdout == ""
+    assert made.stderr.startswith("error: /nowhere") and made.stderr.count("\n") == 1

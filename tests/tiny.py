@@ -1,0 +1,221 @@
+"""A tiny world for tests/test_train.py: a 2-layer base that writes questions, rows to learn from, and clean processes.
+
+`jobs` starts processes by a fork server that has imported train once: a fresh process without the seconds that
+importing torch takes, which may die (`kill`), be one of several (`world`), or run train.py as a command (`argv`).
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import signal
+import socket
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import sentencepiece
+import torch
+
+import judge
+import model
+import train
+from dpo import collate, sft_loss
+from model import Llama, ModelConfig, Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+ANIMALS = ["owl", "cat", "fox", "bee", "ant", "bat", "cow", "dog", "hen", "pig", "rat", "elk"]
+VERBS = ["eat", "see", "hear", "like", "want", "make"]
+TIMES = ["night", "noon", "dawn", "home", "sea", "school"]
+JUDGE = "Grade this.\nQuestion: {prompt}\nAnswer: {response}\nEnd with Score: <n>\n"
+PROPOSE = "Question: {1}\nQuestion: {2}\nQuestion: {3}\nQuestion:"
+SHAPE = {"dim": 48, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 96, "max_len": 192}
+RECIPE = {
+    "prompts": "9,7", "max_prompt": 24, "rouge": 0.95, "candidates": 3, "votes": 2, "temperature": 1.0,
+    "top_p": 1.0, "max_response": 12, "max_judgement": 24, "sample_batch": 64, "sft_lr": 3e-3, "sft_epochs": 5,
+    "dpo_lr": 1e-3, "dpo_epochs": 3, "batch": 5, "micro_batch": 5,
+}  # fmt: skip
+
+
+def question(rng: random.Random) -> str:
+    return f"What does the {rng.choice(ANIMALS)} {rng.choice(VERBS)} at {rng.choice(TIMES)}?"
+
+
+def answer(rng: random.Random, prompt: str) -> str:
+    animal, verb, time = (prompt.split()[i].strip("?") for i in (3, 4, 6))
+    texts = (f"The {animal} can {verb} it at {time}.", f"At {time} a lot.", f"The {animal} is fine.", "It is so.")
+    return rng.choice(texts)
+
+
+def judgement(rng: random.Random) -> str:
+    points = rng.randrange(6)
+    return f"It is {('bad', 'poor', 'fine', 'good')[points // 2 + points // 5]}.\nScore: {points}"
+
+
+def write_rows(path: Path, rows: list[dict]):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+
+
+def make_data(folder: Path):
+    rng = random.Random(0)
+    asked = list(dict.fromkeys(question(rng) for _ in range(60)))
+    train_on, test, exam = asked[:21], asked[21:26], asked[26:29]
+    ift = [{"prompt": p, "response": answer(rng, p)} for p in train_on]
+    folder.mkdir(parents=True)
+    write_rows(folder / "ift.jsonl", ift)
+    write_rows(folder / "eft.jsonl", [r | {"judgement": judgement(rng)} for r in ift])
+    ranked = [{"prompt": p, "responses": [answer(rng, p) + x for x in ("", " So.", "?")], "ranks": [0, 1, 2]}
+              for p in exam]  # fmt: skip
+    write_rows(folder / "eft_eval.jsonl", ranked)
+    write_rows(folder / "test.jsonl", [{"prompt": p} for p in test])
+    (folder / "judge.txt").write_text(JUDGE)
+    (folder / "propose.txt").write_text(PROPOSE)
+    (folder / "recipe.json").write_text(json.dumps(RECIPE, indent=2))
+
+
+def make_base(folder: Path, seed: int = 0, steps: int = 300):
+    """A base that has read questions, answers and judgements, so that a few steps of SFT make it a judge."""
+    rng = random.Random(seed)
+    folder.mkdir(parents=True)
+    lists = ["".join(f"Question: {question(rng)}\n" for _ in range(4)) for _ in range(300)]
+    chats = []
+    for _ in range(300):
+        prompt = question(rng)
+        response = answer(rng, prompt)
+        chats += [(prompt, response), (judge.judge_prompt(JUDGE, prompt, response), judgement(rng))]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*lists[:100], *(f"[INST] {p} [/INST] {r}" for p, r in chats[:400])]),
+        model_prefix=str(folder / "tokenizer"), vocab_size=420, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
+        bos_id=1, eos_id=2, unk_id=0, pad_id=-1, character_coverage=1.0, minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    tok = Tokenizer(folder / "tokenizer.model")
+    texts = [tok.raw(text) for text in lists] + [tok.chat(p) + tok.response(r) for p, r in chats]
+    torch.manual_seed(seed)
+    net = Llama(ModelConfig(vocab_size=tok.size, **SHAPE))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=5e-3, betas=(0.9, 0.95))
+    for step in range(steps):
+        tokens, targets = collate([(ids[:1], ids[1:]) for ids in rng.sample(texts, 12)])
+        loss, _ = sft_loss(net, tokens, targets)
+        (loss / (targets >= 0).sum()).backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 5e-3 * min((step + 1) / 20, 1 - 0.9 * step / steps)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save(net, tok, folder)
+    return loss.item() / (targets >= 0).sum().item()
+
+
+# ---- processes ---------------------------------------------------------------------------------------------
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_at(place: str, what: str, count: int):
+    """Arrange for this process to be killed: in the middle of step `count` of training model `what`, and so on."""
+    if place == "step":  # half of the step's line in metrics.jsonl is written
+        old = train.write_metrics
+
+        def write_metrics(cfg, line):
+            if (line["model"], line["step"]) == (what, count):
+                with (Path(cfg.out) / "metrics.jsonl").open("a") as f:
+                    f.write(json.dumps(line)[:30])
+                die()
+            old(cfg, line)
+
+        train.write_metrics = write_metrics
+    elif place == "save":  # the weights of model `what` are there, its config.json is not
+        old_config = model.write_config
+        model.write_config = lambda c, t, d, path: die() if path.parent.name == what else old_config(c, t, d, path)
+    elif place == "sampling":  # after `count` tokens of the chapter that its bar calls `what`
+        old_progress = train.progress
+
+        @contextmanager
+        def progress(name, *rest):
+            with old_progress(name, *rest) as bar:
+                left = [count]
+
+                def tick(*counts):
+                    left[0] -= 1
+                    if name == what and left[0] == 0:
+                        die()
+                    bar(*counts)
+
+                yield tick
+
+        train.progress = progress
+    elif place == "file":  # half of the file `what` (model/name) is written
+        old_text = train.write_text
+
+        def write_text(path, text):
+            if f"{path.parent.name}/{path.name}" == what:
+                path.with_name(path.name + ".tmp").write_text(text[: len(text) // 2])
+                die()
+            old_text(path, text)
+
+        train.write_text = write_text
+    elif place == "reference":  # at batch `count` of the reference's log-probs
+        calls = [0]
+        old_logps = train.sequence_logps
+
+        def sequence_logps(*args):
+            calls[0] += 1
+            return die() if calls[0] == count else old_logps(*args)
+
+        train.sequence_logps = sequence_logps
+    else:
+        raise ValueError(place)
+
+
+def job(argv, log, env, kill):
+    """What a started process does: train.py with these flags, its output in files, until it ends or is killed."""
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{log}.{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    if kill:
+        kill_at(*kill)
+        train.main(train.parse_args(argv))
+    else:
+        sys.argv = [str(ROOT / "train.py"), *argv]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    train.dist.destroy_process_group() if train.dist.is_initialized() else None
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Result:
+    def __init__(self, codes, out, err):
+        self.codes, self.out, self.err = codes, out, err
+        self.code = codes[0] if len(set(codes)) == 1 else None
+
+
+def start(argv, folder: Path, *, world: int = 1, kill=None, timeout: float = 120) -> Result:
+    """Run train.py with flags `argv` as one process or as the `world` processes of torchrun; wait for the end."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "tiny", "pytest", "numpy", "runpy"])
+    ranks = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    folder.mkdir(parents=True, exist_ok=True)
+    started, logs = [], []
+    for rank in range(world):
+        env = ranks | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
+        logs.append(folder / f"rank{rank}")
+        started.append(context.Process(target=job, args=(list(map(str, argv)), str(logs[-1]), env, kill)))
+        started[-1].start()
+    for process in started:
+        process.join(timeout)
+    stuck = [p for p in started if p.is_alive()]
+    for process in stuck:
+        process.kill()
+        process.join()
+    texts = [["".join(Path(f"{log}.{name}").read_text() for log in logs)] for name in ("out", "err")]
+    assert not stuck, f"did not end in {timeout} s: {texts}"
+    return Result([p.exitcode for p in started], texts[0][0], texts[1][0])
