@@ -12,6 +12,7 @@ Shapes: B batch, T time, S cached time, D width, H heads, K key/value heads, hd 
 
 import json
 import os
+import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -462,6 +463,8 @@ def save(model: Llama, tok: Tokenizer, folder: str | os.PathLike, dtype=torch.fl
         folder.mkdir(parents=True, exist_ok=True)
         for old in [folder / "config.json", folder / SHARD_INDEX, *folder.glob("model*.safetensors")]:
             old.unlink(missing_ok=True)
+        if tok.path.resolve() != (folder / "tokenizer.model").resolve():
+            (folder / "tokenizer.model").write_bytes(tok.path.read_bytes())
     for file, shard in zip(names, shards, strict=True):
         tensors = {}
         for name, p in shard:
@@ -470,6 +473,7 @@ def save(model: Llama, tok: Tokenizer, folder: str | os.PathLike, dtype=torch.fl
                 tensors[hf_name(name)] = full.detach().to("cpu", dtype).contiguous()
         if write:
             save_file(tensors, folder / (file + ".tmp"), metadata={"format": "pt"})
+            shutil.copymode(folder / "tokenizer.model", folder / (file + ".tmp"))  # save_file locks others out
             os.replace(folder / (file + ".tmp"), folder / file)
     if write:
         if len(shards) > 1:
@@ -477,8 +481,6 @@ def save(model: Llama, tok: Tokenizer, folder: str | os.PathLike, dtype=torch.fl
             where = {hf_name(n): f for f, shard in zip(names, shards, strict=True) for n, _ in shard}
             index = {"metadata": {"total_size": total}, "weight_map": where}
             write_text(folder / SHARD_INDEX, json.dumps(index, indent=2) + "\n")
-        if tok.path.resolve() != (folder / "tokenizer.model").resolve():
-            (folder / "tokenizer.model").write_bytes(tok.path.read_bytes())
         write_config(model.cfg, tok, dtype, folder / "config.json")
 
 

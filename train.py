@@ -159,24 +159,19 @@ def self_reward(cfg: Config, mesh, data: dict, start: str, end: str):
     if done(cfg, end, "pairs.jsonl"):
         return
     model, tok = open_model(cfg, mesh, Path(cfg.out) / start)
-    knobs = {"temperature": cfg.temperature, "top_p": cfg.top_p, "batch": cfg.sample_batch}
     prompts = read_rows(Path(cfg.out) / end / "prompts.jsonl", "prompt")
-    fit = [p for p in prompts if len(tok.chat(p["prompt"])) + cfg.max_response <= model.cfg.max_len]
-    if len(fit) < len(prompts):
-        log(f"{end}: {len(prompts) - len(fit)} prompts leave no room for a response of {cfg.max_response} tokens")
     if not done(cfg, end, "candidates.jsonl"):
-        with gathered(model), progress(f"{start} responds", len(fit) * cfg.candidates, "responses") as bar:
-            respond = partial(sample.respond, model, tok, key=(cfg.seed, end, "responses"), n=cfg.candidates,
-                              max_new=cfg.max_response, tick=bar, **knobs)  # fmt: skip
-            put(cfg, end, "candidates.jsonl", in_order(spread(fit, respond)))
+        put(
+            cfg,
+            end,
+            "candidates.jsonl",
+            respond(cfg, model, tok, prompts, f"{start} responds", (end, "responses"), cfg.candidates),
+        )
     candidates = read_rows(Path(cfg.out) / end / "candidates.jsonl", empty=True)
-    texts = {p["id"]: p["prompt"] for p in prompts}
     if not done(cfg, end, "judgements.jsonl"):
-        with gathered(model), progress(f"{start} judges", len(candidates) * cfg.votes, "judgements") as bar:
-            score = partial(judge.score, model, tok, data["judge_template"], key=(cfg.seed, end, "judgements"),
-                            votes=cfg.votes, max_new=cfg.max_judgement, tick=bar, **knobs)  # fmt: skip
-            asked = [c | {"prompt": texts[c["id"]]} for c in candidates]
-            put(cfg, end, "judgements.jsonl", in_order(spread(asked, score)))
+        texts = {p["id"]: p["prompt"] for p in prompts}
+        asked = [c | {"prompt": texts[c["id"]]} for c in candidates]
+        put(cfg, end, "judgements.jsonl", score(cfg, model, tok, data, asked, f"{start} judges", (end, "judgements")))
     judgements = read_rows(Path(cfg.out) / end / "judgements.jsonl", empty=True)
     scores = judge.mean_scores(judgements)
     if cfg.control == "shuffle":
@@ -193,24 +188,37 @@ def self_reward(cfg: Config, mesh, data: dict, start: str, end: str):
     put(cfg, end, "pairs.jsonl", add_reference(cfg, mesh, model, tok, pairs, end))
 
 
+def respond(cfg: Config, model, tok, rows: list[dict], what: str, stage: tuple, n: int) -> list[dict]:
+    """n responses to each prompt, on all processes; prompts that leave no room for one are left out and counted.
+
+    `stage` keys the random numbers, with the seed: the test prompts have the same ones for every model.
+    """
+    fit = [r for r in rows if len(tok.chat(r["prompt"])) + cfg.max_response <= model.cfg.max_len]
+    if len(fit) < len(rows):
+        log(f"{what}: {len(rows) - len(fit)} prompts leave no room for a response of {cfg.max_response} tokens")
+    with gathered(model), progress(what, len(fit) * n, "responses") as bar:
+        knobs = {"temperature": cfg.temperature, "top_p": cfg.top_p, "batch": cfg.sample_batch, "tick": bar}
+        knobs |= {"key": (cfg.seed, *stage), "n": n, "max_new": cfg.max_response}
+        return in_order(spread(fit, lambda mine: sample.respond(model, tok, mine, **knobs)))
+
+
+def score(cfg: Config, model, tok, data: dict, rows: list[dict], what: str, stage: tuple) -> list[dict]:
+    """The model's judgements of responses, on all processes."""
+    with gathered(model), progress(what, len(rows) * cfg.votes, "judgements") as bar:
+        knobs = {"temperature": cfg.temperature, "top_p": cfg.top_p, "batch": cfg.sample_batch, "tick": bar}
+        knobs |= {"key": (cfg.seed, *stage), "votes": cfg.votes, "max_new": cfg.max_judgement}
+        return in_order(spread(rows, lambda mine: judge.score(model, tok, data["judge_template"], mine, **knobs)))
+
+
 def add_reference(cfg: Config, mesh, model, tok, pairs: list[dict], end: str) -> list[dict]:
     """Store the frozen reference with every pair: its log-probs of chosen and rejected, as two more columns.
 
     They are computed in the very batches of DPO's first epoch, so that policy and reference agree to the last bit
     before the first update, in any precision.
     """
-    model.eval()
-    found, examples = [], pair_examples(tok, pairs)
-    plan = batches([size(e) for e in examples], cfg.batch, 1, (cfg.seed, end))
-    with torch.no_grad():
-        for batch in plan:
-            for rows, weight in micro_batches(batch, cfg.micro_batch):
-                tokens, targets, _ = pack_pairs([examples[i] for i in rows], mesh.device_type)
-                logps = sequence_logps(model, tokens, targets).tolist()
-                if weight:
-                    found += zip(rows, logps[: len(rows)], logps[len(rows) :], strict=True)
-    columns = {i: {"reference_chosen": c, "reference_rejected": r} for i, c, r in share(found)}
-    return [pair | columns[i] for i, pair in enumerate(pairs)]
+    examples = pair_examples(tok, pairs)
+    found = pair_logps(cfg, mesh, model, examples, batches([size(e) for e in examples], cfg.batch, 1, (cfg.seed, end)))
+    return [pair | {"reference_chosen": found[i][0], "reference_rejected": found[i][1]} for i, pair in enumerate(pairs)]
 
 
 def train_dpo(cfg: Config, mesh, start: str, end: str):
@@ -220,13 +228,12 @@ def train_dpo(cfg: Config, mesh, start: str, end: str):
     model, tok = open_model(cfg, mesh, Path(cfg.out) / start)
     examples = pair_examples(tok, read_rows(Path(cfg.out) / end / "pairs.jsonl", "prompt", "reference_chosen"))
     plan = batches([size(e) for e in examples], cfg.batch, cfg.dpo_epochs, (cfg.seed, end))
-    pack = partial(pack_pairs, device=mesh.device_type)
     if cfg.reference in ("", start):
-        check_start(cfg, model, pack, examples, plan[0], end)
+        check_start(cfg, mesh, model, examples, plan[0], end)
     optimize(
         cfg, mesh, model, end, plan, examples,
-        pack=pack, loss=partial(preference_loss, beta=cfg.beta, nll=cfg.nll), units=lambda row: 1,
-        lr=cfg.dpo_lr, end=0.1,
+        pack=partial(pack_pairs, device=mesh.device_type), loss=partial(preference_loss, beta=cfg.beta, nll=cfg.nll),
+        units=lambda row: 1, lr=cfg.dpo_lr, end=0.1,
     )  # fmt: skip
     save(model, tok, Path(cfg.out) / end, dtype_of(cfg, mesh), write=dist.get_rank() == 0)
 
@@ -238,29 +245,19 @@ def examine(cfg: Config, mesh, data: dict, name: str):
     if not todo:
         return
     model, tok = open_model(cfg, mesh, Path(cfg.out) / name)
-    knobs = {"temperature": cfg.temperature, "top_p": cfg.top_p, "batch": cfg.sample_batch}
     if "test.jsonl" in todo:
         rows = [{"id": i, "prompt": r["prompt"]} for i, r in enumerate(data["test"])]
-        rows = [r for r in rows if len(tok.chat(r["prompt"])) + cfg.max_response <= model.cfg.max_len]
-        if len(rows) < len(data["test"]):
-            log(f"{name}: {len(data['test']) - len(rows)} test prompts leave no room for a response; left out")
-        with gathered(model), progress(f"{name} answers the test prompts", len(rows), "responses") as bar:
-            respond = partial(sample.respond, model, tok, key=(cfg.seed, "test"), n=1, max_new=cfg.max_response,
-                              tick=bar, **knobs)  # fmt: skip
-            answers = in_order(spread(rows, respond))
-        texts = {r["id"]: r["prompt"] for r in rows}
-        alpaca = [{"instruction": texts[a["id"]], "output": a["response"], "generator": name,
+        answers = respond(cfg, model, tok, rows, f"{name} answers the test prompts", ("test",), 1)
+        answers = [rows[a["id"]] | a for a in answers]
+        alpaca = [{"instruction": a["prompt"], "output": a["response"], "generator": name,
                    "dataset": Path(cfg.data).name} for a in answers]  # fmt: skip
         if dist.get_rank() == 0:
             write_text(Path(cfg.out) / name / "alpaca_eval.json", json.dumps(alpaca, indent=1, ensure_ascii=False))
-        put(cfg, name, "test.jsonl", [{"id": a["id"], "prompt": texts[a["id"]]} | a for a in answers])
+        put(cfg, name, "test.jsonl", answers)
     if "exam.jsonl" in todo:
         asked = [{"id": i, "k": k, "prompt": row["prompt"], "response": text}
                  for i, row in enumerate(data["exam"]) for k, text in enumerate(row["responses"])]  # fmt: skip
-        with gathered(model), progress(f"{name} judges ranked answers", len(asked) * cfg.votes, "judgements") as bar:
-            score = partial(judge.score, model, tok, data["judge_template"], key=(cfg.seed, "exam"), votes=cfg.votes,
-                            max_new=cfg.max_judgement, tick=bar, **knobs)  # fmt: skip
-            put(cfg, name, "exam.jsonl", in_order(spread(asked, score)))
+        put(cfg, name, "exam.jsonl", score(cfg, model, tok, data, asked, f"{name} judges ranked answers", ("exam",)))
 
 
 # ---- the optimisation loop, one for both losses ------------------------------------------------------------
@@ -361,15 +358,24 @@ def pack_pairs(rows: list[tuple], device):
     return tokens, targets, reference.to(device)
 
 
-def check_start(cfg: Config, model, pack, examples, batch: list[int], end: str):
+@torch.no_grad()
+def pair_logps(cfg: Config, mesh, model, examples, plan) -> dict[int, tuple[float, float]]:
+    """Row number -> the model's log-probs of chosen and rejected, for the rows of the plan, dropout off."""
+    model.eval()
+    found = []
+    for batch in plan:
+        for rows, weight in micro_batches(batch, cfg.micro_batch):
+            tokens, targets, _ = pack_pairs([examples[i] for i in rows], mesh.device_type)
+            logps = sequence_logps(model, tokens, targets).tolist()
+            if weight:
+                found += zip(rows, logps[: len(rows)], logps[len(rows) :], strict=True)
+    return {i: (chosen, rejected) for i, chosen, rejected in share(found)}
+
+
+def check_start(cfg: Config, mesh, model, examples, batch: list[int], end: str):
     """Before the first update policy and reference are one model: margin 0, loss ln 2. Else the pairs are another's."""
-    model.eval()  # dropout off
-    with torch.no_grad():
-        worst = 0.0
-        for rows, _ in micro_batches(batch, cfg.micro_batch):
-            tokens, targets, reference = pack([examples[i] for i in rows])
-            worst = max(worst, (sequence_logps(model, tokens, targets) - reference).abs().max().item())
-    worst = max(share([worst]))
+    found = pair_logps(cfg, mesh, model, examples, [batch])
+    worst = max(abs(a - b) for i, logps in found.items() for a, b in zip(logps, examples[i][3], strict=True))
     if not worst < 1e-2:
         raise BadInput(f"{cfg.out}/{end}/pairs.jsonl: its reference log-probs differ by {worst:.3g} from those of the "
                        "model DPO starts from; remove the file to make it again")  # fmt: skip

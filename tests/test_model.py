@@ -484,3 +484,10 @@ def test_gathering_a_model_that_is_not_sharded_changes_nothing(net):
     assert torch.equal(net(tokens), want)
     with pytest.raises(ZeroDivisionError), gathered(net):
         1 / 0  # noqa: B018
+
+
+def test_a_saved_checkpoint_can_be_read_by_whoever_may_read_the_users_other_files(net, tok, tmp_path):
+    save(net, tok, tmp_path / "out")
+    (tmp_path / "plain").write_text("")
+    modes = {p.stat().st_mode for p in [tmp_path / "plain", *(tmp_path / "out").iterdir()]}
+    assert len(modes) == 1

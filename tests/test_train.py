@@ -795,7 +795,7 @@ def test_seed_and_test_rows_longer_than_the_context_are_left_out_and_counted(wor
     said = capsys.readouterr().out
     assert "SFT: 2 of 23 seed rows exceed the context of 192 tokens" in said
     assert "M1: 3 of 45 seed rows exceed the context" in said
-    assert "M2: 1 test prompts leave no room" in said
+    assert "M2 answers the test prompts: 1 prompts leave no room" in said
     assert [r["id"] for r in read_rows(out / "M2" / "test.jsonl")] == [1, 2, 3, 4, 5]
     assert {(r["id"], r["k"]) for r in read_rows(out / "M2" / "exam.jsonl")} == {(0, 1)}
     assert len(metrics(out, "SFT")) == 3 * 5
