@@ -1,5 +1,6 @@
 PYTHON ?= python3
 BIN    := .venv/bin
+OUT    ?= runs/zoo
 ARGS   ?=
 
 .PHONY: help setup run test lint format reproduce zoo clean
@@ -18,9 +19,9 @@ help:  ## show this list
 
 setup: .venv/run  ## make .venv with the five runtime packages
 
-run: .venv/run  ## M0 -> M1 -> M2 -> M3 on the zoo, then the report (ARGS="--seed 1" passes flags)
-	$(BIN)/torchrun train.py --iters 3 $(ARGS)
-	$(BIN)/python judge.py runs/zoo
+run: .venv/run  ## M0 -> M1 -> M2 -> M3 on the zoo, then the report (OUT=runs/one ARGS="--seed 1" to change it)
+	$(BIN)/torchrun train.py --iters 3 --out $(OUT) $(ARGS)
+	$(BIN)/python judge.py $(OUT)
 
 test: .venv/dev  ## all tests
 	$(BIN)/python -m pytest -q tests $(ARGS)

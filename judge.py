@@ -394,10 +394,17 @@ def show(r: dict) -> str:
     if r["health"]:
         parts.append(table(
             "What each self-rewarding round learned from (chosen, rejected: true mean)",
-            ["for", "prompts", "pairs", "ties", "readable", "score", "chosen", "rejected", "len +", "len -", "r(len)"],
+            ["for", "prompts", "pairs", "ties", "readable", "score", "chosen", "rejected", "len +", "len -", "r(len)",
+             "cut %"],
             [(k, h["prompts"], h["pairs"], h["ties"], percent(h["parse_rate"]), h["score_mean"], h.get("true_chosen"),
               h.get("true_rejected"), f"{h['length_chosen']:.1f}", f"{h['length_rejected']:.1f}",
-              h["score_length_correlation"]) for k, h in r["health"].items()],
+              h["score_length_correlation"], percent(h["truncated"])) for k, h in r["health"].items()],
+        ))  # fmt: skip
+        scores = sorted({s for h in r["health"].values() for s in h["scores"]}, key=float)
+        parts.append(table(
+            "Its votes by score, of those that could be read (percent)", ["for", *scores],
+            [(k, *(f"{100 * h['scores'].get(s, 0) / max(1, sum(h['scores'].values())):.1f}" for s in scores))
+             for k, h in r["health"].items()],
         ))  # fmt: skip
     return "\n\n".join(parts)
 
