@@ -40,7 +40,7 @@ def judge_prompt(template: str, prompt: str, response: str) -> str:
     return re.sub(r"\{(prompt|response)\}", lambda m: texts[m[1]], template)
 
 
-MARKER = re.compile(r"score[\s*_]*:[\s*_]*", re.IGNORECASE)
+MARKER = re.compile(r"score[\s*_]*:[\s*_<\[(`$]*", re.IGNORECASE)
 POINTS = re.compile(r"(\d+(?:\.\d+)?)(?![.,]?\d|[ \t]*[-\u2013]\s*\d)(?:\s*(?:/|out of)\s*(\d+))?", re.IGNORECASE)
 
 
@@ -250,11 +250,14 @@ def read_rows(path: Path, *keys: str, empty: bool = False) -> list[dict]:
 
 
 def read_ranked(path: Path) -> list[dict]:
-    """Rows of human rankings; one rank for every response."""
+    """Rows of human rankings: texts, and one whole number for each of them."""
     rows = read_rows(path, "prompt", "responses", "ranks")
     for number, row in enumerate(rows, 1):
-        if len(row["responses"]) != len(row["ranks"]):
-            raise BadInput(f"{path}: row {number} has not one rank for each response; mend or remove it")
+        texts, ranks = row["responses"], row["ranks"]
+        if [type(t) for t in texts] != [str] * len(ranks) or [type(r) for r in ranks] != [int] * len(texts):
+            raise BadInput(
+                f"{path}: row {number} has not one rank (a whole number) for each response (a text); mend it"
+            )
     return rows
 
 
@@ -264,10 +267,19 @@ def models_of(run: Path) -> list[str]:
 
 
 def load_oracle(path: Path):
+    """The toy world's oracle.py: grade(prompt, response) -> 0..5, and, if it likes, criteria(...) -> {name: 0 or 1}."""
     spec = importlib.util.spec_from_file_location("oracle", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def true_grade(oracle, prompt: str, response: str) -> float | None:
+    """The oracle's grade; None where the model has written a prompt that is none of its world's."""
+    try:
+        return oracle.grade(prompt, response)
+    except ValueError:
+        return None
 
 
 def examined(exam: list[dict], judgements: list[dict]) -> dict:
@@ -296,6 +308,7 @@ def round_health(folder: Path, oracle=None) -> dict:
         "prompts": len(prompts),
         "pairs": len(pairs),
         "ties": sum(len(v) > 1 and min(v) == max(v) for v in spread.values()),
+        "unjudged": len(candidates) - len({(j["id"], j["k"]) for j in judgements}),
         "parse_rate": parse_rate(judgements),
         "scores": {f"{s:g}": n for s, n in sorted(histogram.items())},
         "score_mean": mean(points),
@@ -306,8 +319,8 @@ def round_health(folder: Path, oracle=None) -> dict:
         "score_length_correlation": spearman(points, [len(c["tokens"]) for c in scored]),
     }
     if oracle:
-        known = [(oracle.grade(p["prompt"], p["chosen"]), oracle.grade(p["prompt"], p["rejected"])) for p in pairs
-                 if oracle.parse_prompt(p["prompt"])]  # fmt: skip
+        both = [[true_grade(oracle, p["prompt"], p[side]) for side in ("chosen", "rejected")] for p in pairs]
+        known = [(a, b) for a, b in both if a is not None]
         health["true_chosen"], health["true_rejected"] = mean(a for a, _ in known), mean(b for _, b in known)
         health["true_agree"], health["true_equal"], health["true_disagree"] = (
             mean(float(np.sign(a - b) == sign) for a, b in known) for sign in (1, 0, -1)
@@ -332,10 +345,11 @@ def report(run: Path, oracle=None) -> dict:
             "truncated": mean(float(a["truncated"]) for a in answers),
         }
         if oracle and answers:
-            points = [oracle.criteria(a["prompt"], a["response"]) for a in answers]
-            grades[name] = [sum(p.values()) for p in points]
-            criteria = {c: mean(float(p[c]) for p in points) for c in points[0]}
-            out["models"][name] |= {"true_mean": mean(grades[name]), "criteria": criteria}
+            grades[name] = [oracle.grade(a["prompt"], a["response"]) for a in answers]
+            out["models"][name]["true_mean"] = mean(grades[name])
+            if hasattr(oracle, "criteria"):
+                points = [oracle.criteria(a["prompt"], a["response"]) for a in answers]
+                out["models"][name]["criteria"] = {c: mean(float(p[c]) for p in points) for c in points[0]}
         if (folder / "exam.jsonl").exists():
             exam = read_ranked(data / "eft_eval.jsonl")
             out["agreement"][name] = examined(exam, read_rows(folder / "exam.jsonl", empty=True))
@@ -364,7 +378,7 @@ def percent(x: float | None) -> str | None:
 
 
 def show(r: dict) -> str:
-    """The report as text: the paper's figures 3 and Table 4 in miniature."""
+    """The report as text: the paper's Figure 3 and Table 4 in miniature."""
     parts = []
     if r["head_to_head"]:
         parts.append(table(
@@ -373,12 +387,13 @@ def show(r: dict) -> str:
             [(k, f"{h['win']:.1f}", f"{h['tie']:.1f}", f"{h['lose']:.1f}", f"{h['win'] - h['lose']:+.1f}",
               f"[{h['low']:+.1f}, {h['high']:+.1f}]") for k, h in r["head_to_head"].items()],
         ))  # fmt: skip
-        names = next(m["criteria"] for m in r["models"].values() if "criteria" in m)
+        graded = {k: m for k, m in r["models"].items() if "true_mean" in m}
+        names = list(next(iter(graded.values())).get("criteria", {}))
         parts.append(table(
             "True quality of the answers (0 to 5, and the share that earns each point)",
             ["", "mean", *names, "tokens", "truncated %"],
-            [(k, m["true_mean"], *m["criteria"].values(), f"{m['tokens']:.1f}", percent(m["truncated"]))
-             for k, m in r["models"].items() if "criteria" in m],
+            [(k, m["true_mean"], *(m["criteria"][c] for c in names), f"{m['tokens']:.1f}", percent(m["truncated"]))
+             for k, m in graded.items()],
         ))  # fmt: skip
     elif any(m["answers"] for m in r["models"].values()):
         parts.append(table("Answers to the test prompts", ["", "tokens", "characters", "truncated %"],

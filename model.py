@@ -493,7 +493,8 @@ def parallelize(model: Llama, mesh, dtype: torch.dtype):
     dtype is the type of compute; gradients are reduced in fp32. A block's parameters are gathered just before it
     runs, so no rank ever holds the whole model while training.
     """
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # inputs are not cast, or every block would round the rotary angles it is handed
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.layers:
         fully_shard(block, mesh=mesh["dp"], mp_policy=policy)
     # by default the root stays gathered after a forward pass, and an optimizer made then would update copies

@@ -1,6 +1,6 @@
 """sample.py: prompts -> text. The sampler, new prompts (`propose`) and candidate responses (`respond`).
 
-Paper section 2.3 and its appendix: new prompts are written few-shot and filtered as in Self-Instruct, then N = 4
+Paper section 2.2: new prompts are written few-shot and filtered as in Self-Instruct, then N = 4
 responses to each are drawn with temperature 0.7 and top-p 0.9.
 
     python sample.py runs/zoo/M3                      chat in the terminal
@@ -172,7 +172,7 @@ def generate(model: Llama, prompts, keys, *, stop, max_new, n: int = 1, tick: Ca
 
 
 def respond(model: Llama, tok: Tokenizer, rows: list[dict], *, key: tuple, n: int = 4, **knobs) -> list[dict]:
-    """Sample n responses to each {"id", "prompt"}; rows {"id", "k", "response", "tokens", "truncated"} (section 2.3).
+    """Sample n responses to each {"id", "prompt"}; rows {"id", "k", "response", "tokens", "truncated"} (section 2.2).
 
     `tokens` are the sampled ids themselves. A response that met the length limit has no end-of-sequence token and
     is marked as truncated; it is never given one, or training on it would teach to stop in mid-sentence.

@@ -23,10 +23,11 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads sleep: where cores are shared, spinning costs 20x
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads sleep: where cores are shared, spinning is slow
 
 import torch
 import torch.distributed as dist
@@ -63,20 +64,20 @@ class Config:
     top_p: float = 0.9  # of all sampling
     max_response: int = 1024  # most tokens of a response
     max_judgement: int = 256  # most tokens of a judgement
-    sample_batch: int = 256  # sequences sampled side by side in one process
+    sample_batch: int = 32  # sequences sampled side by side in one process (memory: their keys and values)
     sft_lr: float = 5.5e-6  # peak learning rate of SFT; ends at a fifth of it
     sft_epochs: int = 3  # passes over the seed data (paper: not given)
     dpo_lr: float = 1e-6  # peak learning rate of DPO; ends at a tenth of it
     dpo_epochs: int = 1  # passes over the pairs (paper: not given)
     batch: int = 16  # rows (SFT) or pairs (DPO) an update, over all processes
     micro_batch: int = 16  # of these, how many one process puts through the model at once
-    weight_decay: float = 0.0  # of the matrices (paper: not given)
     dropout: float = 0.1  # on the residual branches, while training
     beta: float = 0.1  # of DPO
     nll: float = 0.0  # weight of the chosen response's NLL beside DPO (not in the paper; Pang et al. 2024)
     reference: str = ""  # model that DPO is anchored to in all rounds, such as M1; empty: the round's own start
     control: str = ""  # "shuffle": the scores of a prompt's candidates are shuffled; learning should then fail
-    dtype: str = ""  # float32 or bfloat16, of compute and of saved weights; empty: bfloat16 on a GPU
+    dtype: str = ""  # float32 or bfloat16, of compute; master weights are float32; empty: bfloat16 on a GPU
+    save_dtype: str = "float32"  # of saved weights; bfloat16 halves them but rounds away part of a small step
 
 
 def main(cfg: Config):
@@ -121,7 +122,7 @@ def seed_sft(cfg: Config, mesh, data: dict, name: str, rows: list[dict]):
         pack=lambda rows: collate(rows, mesh.device_type), loss=sft_loss, units=lambda row: len(row[1]),
         lr=cfg.sft_lr, end=0.2,
     )  # fmt: skip
-    save(model, tok, Path(cfg.out) / name, dtype_of(cfg, mesh), write=dist.get_rank() == 0)
+    save(model, tok, Path(cfg.out) / name, getattr(torch, cfg.save_dtype), write=dist.get_rank() == 0)
 
 
 def write_prompts(cfg: Config, mesh, data: dict):
@@ -132,7 +133,7 @@ def write_prompts(cfg: Config, mesh, data: dict):
         return
     model, tok = open_model(cfg, mesh, cfg.writer or cfg.init)
     stop = [tok.eos, *tok.newlines]
-    knobs = {"max_new": cfg.max_prompt, "temperature": cfg.writer_temperature, "top_p": cfg.top_p}
+    knobs = {"max_new": limit(cfg.max_prompt, model), "temperature": cfg.writer_temperature, "top_p": cfg.top_p}
 
     def write(ids, keys):
         def work(mine):
@@ -144,11 +145,12 @@ def write_prompts(cfg: Config, mesh, data: dict):
 
     for t in todo:
         taken = [r["prompt"] for s in range(1, t) for r in read_rows(Path(cfg.out) / f"M{s + 1}" / "prompts.jsonl")]
-        with gathered(model), progress(f"prompts for M{t + 1}", 0, "requests") as bar:
+        count = counts[min(t, len(counts)) - 1]
+        with gathered(model), progress(f"prompts for M{t + 1}", count, "requests") as bar:
             prompts, tally = sample.propose(
-                write, tok, data["propose"], [r["prompt"] for r in data["ift"]], counts[min(t, len(counts)) - 1],
+                write, tok, data["propose"], [r["prompt"] for r in data["ift"]], count,
                 key=(cfg.seed, t, "prompts"), taken=taken, held_out=data["held_out"], rouge=cfg.rouge,
-                room=model.cfg.max_len - cfg.max_prompt,
+                room=model.cfg.max_len - knobs["max_new"],
             )  # fmt: skip
         log(f"M{t + 1}: {len(prompts)} new prompts; {dict(tally.most_common())}")
         put(cfg, f"M{t + 1}", "prompts.jsonl", [{"id": i, "prompt": p} for i, p in enumerate(prompts)])
@@ -180,12 +182,23 @@ def self_reward(cfg: Config, mesh, data: dict, start: str, end: str):
     rate, histogram = judge.parse_rate(judgements) or 0, Counter(j["score"] for j in judgements)
     log(f"{end}: {dict(tally)}; {rate:.1%} of {len(judgements)} judgements readable")
     if not pairs:
+        remedy = (
+            f"{start} cannot judge yet: give it EFT rows or more SFT" if judgements else "shorten judge.txt or texts"
+        )
         raise BadInput(
             f"{cfg.out}/{end}: none of {len(prompts)} prompts gave a pair: {dict(tally)}, {rate:.1%} of judgements "
-            f"readable, scores {dict(histogram.most_common())}; {start} cannot judge yet: give it EFT rows or more SFT"
+            f"readable, scores {dict(histogram.most_common())}; {remedy}"
         )
     model = model if not cfg.reference else open_model(cfg, mesh, Path(cfg.out) / cfg.reference)[0]
     put(cfg, end, "pairs.jsonl", add_reference(cfg, mesh, model, tok, pairs, end))
+
+
+def limit(tokens: int, model) -> int:
+    """`tokens`, but no more than half of the context: the other half is for what comes before."""
+    most = min(tokens, model.cfg.max_len // 2)
+    if most < tokens:
+        log(f"a limit of {tokens} new tokens is lowered to {most}, half of the model's context")
+    return most
 
 
 def respond(cfg: Config, model, tok, rows: list[dict], what: str, stage: tuple, n: int) -> list[dict]:
@@ -193,21 +206,27 @@ def respond(cfg: Config, model, tok, rows: list[dict], what: str, stage: tuple, 
 
     `stage` keys the random numbers, with the seed: the test prompts have the same ones for every model.
     """
-    fit = [r for r in rows if len(tok.chat(r["prompt"])) + cfg.max_response <= model.cfg.max_len]
+    most = limit(cfg.max_response, model)
+    fit = [r for r in rows if len(tok.chat(r["prompt"])) + most <= model.cfg.max_len]
     if len(fit) < len(rows):
-        log(f"{what}: {len(rows) - len(fit)} prompts leave no room for a response of {cfg.max_response} tokens")
+        log(f"{what}: {len(rows) - len(fit)} prompts leave no room for a response of {most} tokens")
     with gathered(model), progress(what, len(fit) * n, "responses") as bar:
         knobs = {"temperature": cfg.temperature, "top_p": cfg.top_p, "batch": cfg.sample_batch, "tick": bar}
-        knobs |= {"key": (cfg.seed, *stage), "n": n, "max_new": cfg.max_response}
+        knobs |= {"key": (cfg.seed, *stage), "n": n, "max_new": most}
         return in_order(spread(fit, lambda mine: sample.respond(model, tok, mine, **knobs)))
 
 
 def score(cfg: Config, model, tok, data: dict, rows: list[dict], what: str, stage: tuple) -> list[dict]:
     """The model's judgements of responses, on all processes."""
+    most = limit(cfg.max_judgement, model)
     with gathered(model), progress(what, len(rows) * cfg.votes, "judgements") as bar:
         knobs = {"temperature": cfg.temperature, "top_p": cfg.top_p, "batch": cfg.sample_batch, "tick": bar}
-        knobs |= {"key": (cfg.seed, *stage), "votes": cfg.votes, "max_new": cfg.max_judgement}
-        return in_order(spread(rows, lambda mine: judge.score(model, tok, data["judge_template"], mine, **knobs)))
+        knobs |= {"key": (cfg.seed, *stage), "votes": cfg.votes, "max_new": most}
+        found = in_order(spread(rows, lambda mine: judge.score(model, tok, data["judge_template"], mine, **knobs)))
+    missing = len(rows) - len(found) // cfg.votes
+    if missing:
+        log(f"{what}: {missing} of {len(rows)} responses are empty or leave no room for the judge; they have no score")
+    return found
 
 
 def add_reference(cfg: Config, mesh, model, tok, pairs: list[dict], end: str) -> list[dict]:
@@ -222,20 +241,20 @@ def add_reference(cfg: Config, mesh, model, tok, pairs: list[dict], end: str) ->
 
 
 def train_dpo(cfg: Config, mesh, start: str, end: str):
-    """DPO from M_t on the pairs that M_t made (section 2.4): M_t+1."""
+    """DPO from M_t on the pairs that M_t made (section 2.3): M_t+1."""
     if done(cfg, end, "config.json"):
         return
     model, tok = open_model(cfg, mesh, Path(cfg.out) / start)
     examples = pair_examples(tok, read_rows(Path(cfg.out) / end / "pairs.jsonl", "prompt", "reference_chosen"))
     plan = batches([size(e) for e in examples], cfg.batch, cfg.dpo_epochs, (cfg.seed, end))
     if cfg.reference in ("", start):
-        check_start(cfg, mesh, model, examples, plan[0], end)
+        check_start(cfg, mesh, model, examples, plan[0], start, end)
     optimize(
         cfg, mesh, model, end, plan, examples,
         pack=partial(pack_pairs, device=mesh.device_type), loss=partial(preference_loss, beta=cfg.beta, nll=cfg.nll),
         units=lambda row: 1, lr=cfg.dpo_lr, end=0.1,
     )  # fmt: skip
-    save(model, tok, Path(cfg.out) / end, dtype_of(cfg, mesh), write=dist.get_rank() == 0)
+    save(model, tok, Path(cfg.out) / end, getattr(torch, cfg.save_dtype), write=dist.get_rank() == 0)
 
 
 def examine(cfg: Config, mesh, data: dict, name: str):
@@ -270,9 +289,7 @@ def optimize(cfg: Config, mesh, model, name, plan, examples, *, pack, loss, unit
     says how many a row has. The gradient is that of the whole batch, however it is cut. BadInput on a loss that is
     not finite; the models finished so far are on disk.
     """
-    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == big] for big in (True, False))
-    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     warm = max(1, round(0.05 * len(plan)))
     model.train()
     start_metrics(cfg, name)
@@ -372,13 +389,19 @@ def pair_logps(cfg: Config, mesh, model, examples, plan) -> dict[int, tuple[floa
     return {i: (chosen, rejected) for i, chosen, rejected in share(found)}
 
 
-def check_start(cfg: Config, mesh, model, examples, batch: list[int], end: str):
+def check_start(cfg: Config, mesh, model, examples, batch: list[int], start: str, end: str):
     """Before the first update policy and reference are one model: margin 0, loss ln 2. Else the pairs are another's."""
     found = pair_logps(cfg, mesh, model, examples, [batch])
-    worst = max(abs(a - b) for i, logps in found.items() for a, b in zip(logps, examples[i][3], strict=True))
-    if not worst < 1e-2:
-        raise BadInput(f"{cfg.out}/{end}/pairs.jsonl: its reference log-probs differ by {worst:.3g} from those of the "
-                       "model DPO starts from; remove the file to make it again")  # fmt: skip
+    worst = max(
+        abs(now - then) / len(ids)
+        for i, logps in found.items()
+        for now, then, ids in zip(logps, examples[i][3], examples[i][1:3], strict=True)
+    )
+    if not worst < (1e-2 if mesh.device_type == "cuda" or cfg.dtype == "bfloat16" else 1e-4):
+        raise BadInput(
+            f"{cfg.out}/{end}/pairs.jsonl: its reference log-probs differ by {worst:.3g} a token from those of "
+            f"{start}, where DPO starts; remove all rows but prompts.jsonl there and start again"
+        )
 
 
 # ---- files of the run --------------------------------------------------------------------------------------
@@ -486,20 +509,16 @@ def start_processes():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # ranks may finish their texts hours apart
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return init_device_mesh(device, (dist.get_world_size(), 1), mesh_dim_names=("dp", "tp"))
 
 
-def dtype_of(cfg: Config, mesh) -> torch.dtype:
-    return getattr(torch, cfg.dtype or ("bfloat16" if mesh.device_type == "cuda" else "float32"))
-
-
 def open_model(cfg: Config, mesh, folder):
     """Load a checkpoint into fp32 master weights, on the device, sharded over the processes."""
     model, tok = load(folder, torch.float32, mesh.device_type, cfg.dropout)
-    dtype = dtype_of(cfg, mesh)
+    dtype = getattr(torch, cfg.dtype or ("bfloat16" if mesh.device_type == "cuda" else "float32"))
     if mesh.size() > 1 or mesh.device_type != "cpu" or dtype != torch.float32:
         parallelize(model, mesh, dtype)  # one CPU process in fp32 has nothing to shard and nothing to cast
     return model.eval(), tok
@@ -536,18 +555,20 @@ def quiet() -> bool:
 
 @contextmanager
 def progress(what: str, total: int, unit: str):
-    """A bar with rate and time left in a terminal, and in any case one line at the end."""
-    began, counts = time.time(), Counter()
-    with tqdm(total=total or None, desc=what, unit=f" {unit}", disable=quiet()) as bar:
+    """A bar with rate and time left in a terminal (of the first process), and one line at the end (of all)."""
+    began, counts = time.time(), {"tokens": 0, "finished": 0}
+    mine = -(-total // dist.get_world_size())
+    with tqdm(total=mine, desc=what, unit=f" {unit}", disable=quiet()) as bar:
 
         def tick(tokens: int, finished: int):
-            counts.update(tokens=tokens, finished=finished)
+            counts["tokens"] += tokens
+            counts["finished"] += finished
             bar.update(finished)
 
         yield tick
-    seconds = time.time() - began
-    log(f"{what}: {counts['finished']:,} {unit}, {counts['tokens']:,} tokens in {seconds:.1f} s "
-        f"({counts['tokens'] / seconds:,.0f} tok/s a process)")  # fmt: skip
+    counts, seconds = reduced(counts), time.time() - began
+    log(f"{what}: {counts['finished']:,.0f} {unit}, {counts['tokens']:,.0f} tokens in {seconds:.1f} s "
+        f"({counts['tokens'] / seconds:,.0f} tok/s)")  # fmt: skip
 
 
 # ---- flags -------------------------------------------------------------------------------------------------
@@ -586,6 +607,7 @@ def checked(cfg: Config) -> Config:
         (cfg.beta > 0 and cfg.nll >= 0, "--beta is positive and --nll not negative"),
         (cfg.control in ("", "shuffle"), "--control is shuffle or nothing"),
         (cfg.dtype in ("", "float32", "bfloat16"), "--dtype is float32 or bfloat16"),
+        (cfg.save_dtype in ("float32", "bfloat16"), "--save-dtype is float32 or bfloat16"),
         (cfg.reference in ("", "M1"), "--reference is M1 or nothing"),
     ):
         if not ok:
@@ -597,7 +619,8 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except BadInput as e:
-        sys.exit(f"error: {e}")
+        rank = int(os.environ.get("RANK", 0))
+        sys.exit(f"error on process {rank}: {e}" if rank else f"error: {e}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -468,13 +468,12 @@ def test_good_rows_come_back_whole(tmp_path):
 # ---- the report
 
 ORACLE = """
-def parse_prompt(prompt):
-    return prompt.startswith("Where")
-
 def criteria(prompt, response):
     return {"true": "rivers" in response, "short": len(response) < 20}
 
 def grade(prompt, response):
+    if not prompt.startswith("Where"):
+        raise ValueError("not of this world")
     return sum(criteria(prompt, response).values())
 """
 

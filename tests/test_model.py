@@ -8,13 +8,28 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import random_net
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import model as model_py
-from model import CONFIGS, BadInput, Llama, ModelConfig, Tokenizer, attend, gathered, load, rope_tables, rotate, save
+from model import (
+    CONFIGS,
+    BadInput,
+    Llama,
+    ModelConfig,
+    Tokenizer,
+    attend,
+    gathered,
+    load,
+    parallelize,
+    rope_tables,
+    rotate,
+    save,
+)
 
 
 def transformers_twin(net: Llama) -> LlamaForCausalLM:
@@ -84,17 +99,29 @@ def test_the_named_sizes_have_the_published_number_of_parameters(name, count):
         assert sum(p.numel() for p in Llama(CONFIGS[name]).parameters()) == count
 
 
-def test_rope_angles_of_a_bf16_model_are_fp32_and_true_at_position_4095(net, monkeypatch):
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "tp"))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("policy", ["cast", "sharded"])
+def test_rope_angles_of_a_bf16_model_are_fp32_where_they_are_used(net, mesh, monkeypatch, policy):
     seen = []
 
-    def spy(*args):
-        seen.append(rope_tables(*args))
-        return seen[-1]
+    def spy(x, cos, sin):
+        seen.append((x.dtype, cos.dtype, sin.dtype))
+        return rotate(x, cos, sin)
 
-    monkeypatch.setattr(model_py, "rope_tables", spy)
-    low = Llama(net.cfg).to(torch.bfloat16)
+    monkeypatch.setattr(model_py, "rotate", spy)
+    low = Llama(net.cfg)
+    low.to(torch.bfloat16) if policy == "cast" else parallelize(low, mesh, torch.bfloat16)
     low(ids(net.cfg, 1, 5))
-    assert [t.dtype for t in seen[0]] == [torch.float32, torch.float32]
+    assert set(seen) == {(torch.bfloat16, torch.float32, torch.float32)}
+
+
+def test_rope_angles_are_true_at_position_4095():
 
     cos, sin = rope_tables(torch.tensor([[4095]]), 128, 10000.0)
     angles = [4095 * 10000.0 ** (-2 * i / 128) for i in range(64)]  # Python floats are fp64

@@ -447,7 +447,7 @@ def test_dpo_starts_at_ln_2_with_margins_of_zero_and_moves(watched, model):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_in_bfloat16_and_sharded_dpo_starts_at_ln_2_and_moves_every_tensor(world, tmp_path, processes):
     """Policy and reference agree to the last bit, and nobody leaves gathered copies of weights to the optimizer."""
-    flags = ("--dropout", 0, "--dtype", "bfloat16", "--dpo-lr", 1e-2, "--iters", 2)
+    flags = ("--dropout", 0, "--dtype", "bfloat16", "--save-dtype", "bfloat16", "--dpo-lr", 1e-2, "--iters", 2)
     result = start(flags_of(world, tmp_path / "run", *flags), tmp_path / "log", world=processes)
     assert set(result.codes) == {0}, result.err
     first = metrics(tmp_path / "run", "M2")[0]
@@ -507,7 +507,7 @@ def test_pairs_that_another_model_has_made_are_refused(world, whole, tmp_path):
     write_rows(out / "M2" / "pairs.jsonl", [p | {"reference_chosen": p["reference_chosen"] + 0.5} for p in pairs])
     before = products(out)
     result = start(flags_of(world, out), tmp_path / "log")
-    refused(result, "M2/pairs.jsonl", "reference log-probs differ by 0.5", "remove the file")
+    refused(result, "M2/pairs.jsonl", "reference log-probs differ by", "remove all rows but prompts.jsonl")
     same(products(out), before)
 
 
@@ -555,7 +555,7 @@ def test_every_field_is_a_flag_whose_help_is_its_comment(capsys):
         assert "--" + f.name.replace("_", "-") in said and " ".join(line.split("  # ")[1].split()) in said, f.name
 
 
-VALUES = {"prompts": "3,4", "reference": "M1", "control": "shuffle", "dtype": "bfloat16"}
+VALUES = {"save_dtype": "bfloat16", "prompts": "3,4", "reference": "M1", "control": "shuffle", "dtype": "bfloat16"}
 
 
 @pytest.mark.parametrize("field", fields(train.Config), ids=lambda f: f.name)
@@ -608,7 +608,7 @@ EFFECTS = [  # a flag, another value, the first product that must change by it
     ("dpo-lr", "1e-4", "M2/model.safetensors"),
     ("dpo-epochs", "2", "M2/model.safetensors"),
     ("batch", "4", "SFT/model.safetensors"),
-    ("weight-decay", "0.5", "SFT/model.safetensors"),
+    ("save-dtype", "bfloat16", "SFT/model.safetensors"),
     ("dropout", "0.3", "SFT/model.safetensors"),
     ("beta", "0.3", "M2/model.safetensors"),
     ("nll", "0.5", "M2/model.safetensors"),
@@ -806,19 +806,18 @@ def test_a_context_that_no_seed_row_fits_is_said_so(world, tmp_path):
     refused(start(flags_of(world, tmp_path / "run", data=data), tmp_path / "log"), "no seed row fits", "192")
 
 
-def test_prompts_that_leave_no_room_for_a_response_are_said_so(world, tmp_path):
-    out = tmp_path / "run"
-    result = start(flags_of(world, out, "--max-response", 188), tmp_path / "log")
-    assert "9 prompts leave no room for a response of 188 tokens" in result.out
-    refused(result, "M2: none of 9 prompts gave a pair")
-    assert (out / "M1" / "config.json").exists()
+def test_a_limit_of_more_than_half_the_context_is_lowered_and_said_so(world, tmp_path):
+    result = start(flags_of(world, tmp_path / "run", "--max-response", 188, "--iters", 2), tmp_path / "log")
+    assert "a limit of 188 new tokens is lowered to 96" in result.out
+    assert result.code == 0, result.err
 
 
 def test_answers_that_the_judges_prompt_has_no_room_for_are_said_so(world, tmp_path):
     out = tmp_path / "run"
     data = variant(world, tmp_path, {"judge.txt": LONG + "{prompt} {response}", "eft.jsonl": None})
     result = start(flags_of(world, out, data=data), tmp_path / "log")
-    refused(result, "M2", "none of 9 prompts gave a pair")
+    assert "responses are empty or leave no room for the judge; they have no score" in result.out
+    refused(result, "M2", "none of 9 prompts gave a pair", "shorten judge.txt")
     assert (out / "M2" / "candidates.jsonl").exists() and (out / "M1" / "config.json").exists()
 
 
@@ -865,11 +864,6 @@ def test_real_llama_weights_and_open_assistant_rows(world, tmp_path):
     half = len(lines) // 2
     assert sum(r["loss"] for r in lines[half:]) < 0.95 * sum(r["loss"] for r in lines[:half])
     assert load(out / "SFT")[0].cfg.layers == 5
-    if result.code == 1 and not (out / "M2").exists():  # eight real prompts rarely fit 512 tokens: with one it goes on
-        refused(result, "of 4 new prompts survived", "examples too long")
-        (data / "propose.txt").write_text("1. {1}\n2.")
-        result = start(argv, tmp_path / "log2")
-        assert "SFT step" not in result.out
     if result.code == 0:
         assert read_rows(out / "M2" / "pairs.jsonl") and load(out / "M2")
     else:
