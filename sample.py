@@ -229,6 +229,24 @@ def unfit(text: str) -> str | None:
     return "asks for more than text" if UNFIT.search(text) else None
 
 
+def too_similar(text: str, pool: list[list[str]], rouge: float) -> bool:
+    """Is its ROUGE-L with any text of the pool over the limit, or is it a copy?"""
+    new = words(text)
+    for old in pool:  # no common subsequence is longer than the shorter text
+        if 2 * min(len(old), len(new)) > rouge * (len(old) + len(new)) and rouge_l(old, new) > rouge or old == new:
+            return True
+    return False
+
+
+def few_shot(template: str, places: int, seeds: list[str], generated: list[str], num_generated: int, key: tuple) -> str:
+    """Fill the places {1}, {2}, ... with up to num_generated generated prompts, else seeds, in random order."""
+    rng = random.Random(repr(key))
+    examples = rng.sample(generated, min(num_generated, len(generated), places))
+    examples += rng.sample(seeds, places - len(examples))
+    rng.shuffle(examples)
+    return re.sub(r"\{(\d+)\}", lambda m: examples[int(m[1]) - 1], template)
+
+
 def propose(
     write: Callable[[list[list[int]], list[tuple]], list[list[int]]],
     tok: Tokenizer,
@@ -248,58 +266,42 @@ def propose(
     """`count` new prompts from a fixed writer, few-shot, filtered as in Self-Instruct (paper section 2.2).
 
     template holds the places {1}, {2}, ... of its examples: `generated_shots` of them are prompts accepted
-    earlier (while there are none, seeds), the others seed prompts, in random order. write(ids, keys) continues id
-    lists; the first line of what it writes is the new prompt. A prompt too similar (ROUGE-L over `rouge`) to a
-    seed, to one accepted or to one of `taken` is dropped, as is one that stands in `held_out`. Examples share
-    `room` tokens: a longer prompt than an equal part of it is never shown.
+    earlier (while there are none, seeds), the others seed prompts. write(ids, keys) continues id lists; the first
+    line of what it writes is the new prompt. A prompt too similar (ROUGE-L over `rouge`) to a seed, to one accepted
+    or to one of `taken` is dropped, as is one that stands in `held_out`. Examples share `room` tokens: a longer
+    prompt than an equal part of it is never shown.
 
     Returns the prompts and a count of every rejection by reason. Raises BadInput after attempts * count requests.
     """
-    shots = len(set(re.findall(r"\{(\d+)\}", template)))
-    share = (room - len(tok.raw(template))) // max(1, shots)
-    seeds_shown, accepted_shown = [p for p in seeds if len(tok.encode(p)) <= share], []
-    if not shots or len(seeds_shown) < shots:
+    places = len(set(re.findall(r"\{(\d+)\}", template)))
+    share = (room - len(tok.raw(template))) // max(1, places)
+    shown = [p for p in seeds if len(tok.encode(p)) <= share]
+    if not places or len(shown) < places:
         raise BadInput(
-            f"the prompt writer's template has {shots} places {{1}}, {{2}}, ..., and {len(seeds_shown)} of "
-            f"{len(seeds)} seed prompts fit one (of {share} tokens); it needs at least one place and as many prompts"
+            f"the prompt writer's template has {places} places {{1}}, {{2}}, ..., and {len(shown)} of {len(seeds)} "
+            f"seed prompts fit one (of {share} tokens); it needs at least one place and as many prompts"
         )
-    held_out, accepted, tally, asked = set(held_out), [], Counter(), 0
+    held_out, accepted, generated, tally, asked = set(held_out), [], [], Counter(), 0
     pool = [words(p) for p in [*seeds, *taken]]
-
-    def fill(request: int) -> list[int]:
-        rng = random.Random(repr((*key, request)))
-        new = rng.sample(accepted_shown, min(generated_shots, len(accepted_shown), shots))
-        examples = new + rng.sample(seeds_shown, shots - len(new))
-        rng.shuffle(examples)
-        return tok.raw(re.sub(r"\{(\d+)\}", lambda m: examples[int(m[1]) - 1], template))
-
-    def judged(ids: list[int]) -> tuple[str, str | None]:
-        text = tok.decode(ids).strip().split("\n")[0].strip()
-        if ids[-1] not in (tok.eos, *tok.newlines):
-            return text, "cut by the length limit"
-        if reason := unfit(text):
-            return text, reason
-        if text in held_out:
-            return text, "held out"
-        new = words(text)
-        for old in pool:  # no common subsequence is longer than the shorter text
-            if 2 * min(len(old), len(new)) > rouge * (len(old) + len(new)) and rouge_l(old, new) > rouge or old == new:
-                return text, "too similar"
-        return text, None
-
     while len(accepted) < count:
         if asked >= attempts * count:
             raise BadInput(f"only {len(accepted)} of {count} new prompts survived {asked} requests ({dict(tally)}): "
                            "ask for fewer, or take a better writer or template")  # fmt: skip
-        requests = range(asked, asked + min(wave, count - len(accepted) + 8))
-        asked = requests.stop
-        for ids in write([fill(r) for r in requests], [(*key, r) for r in requests]):
-            text, reason = judged(ids)
-            tally[reason or "accepted"] += len(accepted) < count
-            if reason is None and len(accepted) < count:
+        keys = [(*key, r) for r in range(asked, asked + min(wave, count - len(accepted) + 8))]
+        asked += len(keys)
+        requests = [tok.raw(few_shot(template, places, shown, generated, generated_shots, k)) for k in keys]
+        for ids in write(requests, keys):
+            if len(accepted) == count:
+                break
+            text = tok.decode(ids).strip().split("\n")[0].strip()
+            cut = "cut by the length limit" if ids[-1] not in (tok.eos, *tok.newlines) else None
+            reason = cut or unfit(text) or ("held out" if text in held_out else None)
+            reason = reason or ("too similar" if too_similar(text, pool, rouge) else None)
+            tally[reason or "accepted"] += 1
+            if reason is None:
                 accepted.append(text)
                 pool.append(words(text))
-                accepted_shown += [text] if len(tok.encode(text)) <= share else []
+                generated += [text] if len(tok.encode(text)) <= share else []
     return accepted, tally
 
 
