@@ -2,6 +2,7 @@
 
 A checkpoint means weights + vocabulary + chat format, so all three live here. Modules carry the names of the
 Hugging Face layout, so the state dict *is* the file format: transformers, vLLM and llama.cpp read what we write.
+We read that and Meta's own files.
 Layers know nothing of processes: head counts are inferred, and the plan for many GPUs is applied from outside,
 below the last rule of this file.
 
@@ -12,9 +13,11 @@ Shapes: B batch, T time, S cached time, D width, H heads, K key/value heads, hd 
 
 import json
 import os
-import shutil
+import pickle
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import sentencepiece
@@ -22,7 +25,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -256,8 +258,12 @@ class Tokenizer:
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
         except (RuntimeError, OSError) as e:
-            raise BadInput(f"{self.path}: not a SentencePiece model; copy the tokenizer.model again") from e
+            raise BadInput(f"{self.path}: {looks(self.path)}, not a SentencePiece model; copy it again") from e
         self.bos, self.eos, self.size = self.sp.bos_id(), self.sp.eos_id(), self.sp.vocab_size()
+        if [self.sp.piece_to_id(c) for c in CONTROL] != [self.sp.unk_id(), self.bos, self.eos]:
+            raise BadInput(
+                f"{self.path}: lacks {some(CONTROL)}, Llama 2's control tokens; take another tokenizer.model"
+            )
         self.newlines = [i for i in range(self.size) if "\n" in self._piece(i)]  # ids that end a line
 
     def _piece(self, i: int) -> str:
@@ -290,11 +296,17 @@ class Tokenizer:
         return [*self.encode(text.strip()), self.eos]
 
 
-# ---- files: config.json, model*.safetensors (+ index), tokenizer.model -------------------------------------
+# ---- files: Hugging Face's and Meta's folders in, Hugging Face's out ---------------------------------------
 
 IGNORED = ("rotary_emb.inv_freq", "rope.freqs")  # tables that older files store and we compute
+META = {"tok_embeddings": "embed_tokens", "output": "lm_head", "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm", "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
+        "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj"}  # Meta's modules -> ours  # fmt: skip
+CUT_BY_COLUMNS = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")  # by Meta's files; all others by rows
 SHARD_BYTES = 4 << 30
 SHARD_INDEX = "model.safetensors.index.json"
+TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as safetensors calls them
 
 
 def read_json(path: Path) -> dict:
@@ -339,9 +351,36 @@ def read_config(folder: Path) -> ModelConfig:
         )
     except KeyError as e:
         raise BadInput(f"{path}: {e} is missing; copy the checkpoint's config.json again") from None
+    return checked(cfg, path, d.get("head_dim"))
+
+
+def read_params(folder: Path, vocab_size: int) -> ModelConfig:
+    """Meta's params.json -> ModelConfig. It says nothing of the context, and of the vocabulary mostly -1."""
+    path = folder / "params.json"
+    d = read_json(path)
+    if d.get("use_scaled_rope"):
+        raise BadInput(f"{path}: use_scaled_rope is not Llama 2's; this model cannot be loaded")
+    try:
+        ffn = int((d.get("ffn_dim_multiplier") or 1) * int(8 * d["dim"] / 3))
+        cfg = ModelConfig(
+            vocab_size=vocab_size if d["vocab_size"] == -1 else d["vocab_size"],
+            dim=d["dim"],
+            layers=d["n_layers"],
+            heads=d["n_heads"],
+            kv_heads=d.get("n_kv_heads") or d["n_heads"],
+            ffn=-(-ffn // d["multiple_of"]) * d["multiple_of"],
+            norm_eps=d["norm_eps"],
+            rope_theta=float(d.get("rope_theta", 10000.0)),
+        )
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
+        raise BadInput(f"{path}: a size is missing or no number ({e}); copy the checkpoint's params.json again") from e
+    return checked(cfg, path)
+
+
+def checked(cfg: ModelConfig, path: Path, head_dim: int | None = None) -> ModelConfig:
     if not all(isinstance(v, int | float) and v > 0 for k, v in vars(cfg).items() if k != "tied"):
-        raise BadInput(f"{path}: a size that is not a positive number; copy the checkpoint's config.json again")
-    if (d.get("head_dim") or cfg.head_dim) * cfg.heads != cfg.dim or cfg.heads % cfg.kv_heads:
+        raise BadInput(f"{path}: a size that is not a positive number; copy the checkpoint's {path.name} again")
+    if (head_dim or cfg.head_dim) * cfg.heads != cfg.dim or cfg.heads % cfg.kv_heads:
         raise BadInput(f"{path}: hidden_size, heads and head_dim do not fit together as in Llama 2")
     return cfg
 
@@ -367,7 +406,7 @@ def write_config(cfg: ModelConfig, tok: Tokenizer, dtype: torch.dtype, path: Pat
         "eos_token_id": tok.eos,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
-    write_text(path, json.dumps(d, indent=2) + "\n")
+    write_json(path, d)
 
 
 def write_text(path: Path, text: str):
@@ -377,28 +416,99 @@ def write_text(path: Path, text: str):
     os.replace(temporary, path)
 
 
+def write_json(path: Path, d: dict, indent: int | None = 2):
+    write_text(path, json.dumps(d, indent=indent, ensure_ascii=False) + "\n")
+
+
 def hf_name(name: str) -> str:
     return name if name.startswith("lm_head") else "model." + name
 
 
-def weight_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the safetensors file that holds it."""
-    index = folder / SHARD_INDEX
-    files = sorted({folder / f for f in read_json(index).get("weight_map", {}).values()}) if index.exists() else []
-    if index.exists() and not files:
-        raise BadInput(f"{index}: names no weight files; copy it again")
-    where = {}
-    for file in files or [folder / "model.safetensors"]:
-        if not file.is_file():
-            raise BadInput(f"{file}: not found; the checkpoint is incomplete, copy it again")
-        try:
-            with safe_open(file, "pt") as f:
-                where |= {name: file for name in f.keys() if not name.endswith(IGNORED)}  # noqa: SIM118
-        except (SafetensorError, OSError) as e:
-            head = file.open("rb").read(64)
-            what = "a Git LFS pointer" if head.startswith(b"version https://git-lfs") else f"unreadable ({e})"
-            raise BadInput(f"{file}: {what}, not a whole safetensors file; download it again") from None
+def looks(file: Path) -> str:
+    """What a file that cannot be read seems to be."""
+    with file.open("rb") as f:
+        head = f.read(64).lstrip().lower()
+    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer"
+    return "damaged or cut short" if head else "empty"
+
+
+def open_weights(file: Path) -> dict[str, tuple]:
+    """Name -> (shape, tensor) of a .pth or .safetensors file; nothing is read but what is sliced of a tensor."""
+    if not file.is_file():
+        raise BadInput(f"{file}: not found; the checkpoint is incomplete, copy it again")
+    try:
+        if file.suffix == ".pth":
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            found = {name: (tuple(t.shape), t) for name, t in tensors.items()}
+        else:
+            f = safe_open(file, "pt", backend="pread")  # the pages of a mapped file would count as our memory
+            slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
+            found = {name: (tuple(t.get_shape()), t) for name, t in slices.items()}
+    except (SafetensorError, RuntimeError, OSError, AttributeError, EOFError, pickle.UnpicklingError):
+        raise BadInput(f"{file}: {looks(file)}, not a whole {file.suffix} file of weights; download it again") from None
+    return {name: t for name, t in found.items() if not name.endswith(IGNORED)}
+
+
+def find_weights(folder: Path, meta: bool, want: dict[str, torch.Size]) -> dict[str, list[tuple]]:
+    """Name -> (file, key) of every piece of the tensor, in order. All must be there and fit, or BadInput says which
+    does not; nothing is read but names and shapes."""
+    if meta:
+        files = [folder / f"consolidated.{i:02}.pth" for i in range(len([*folder.glob("consolidated.*.pth")]) or 1)]
+    elif (index := folder / SHARD_INDEX).exists():
+        files = sorted({folder / f for f in read_json(index).get("weight_map", {}).values()})
+        if not files:
+            raise BadInput(f"{index}: names no weight files; copy it again")
+    else:
+        files = [folder / "model.safetensors"]
+    where, shapes = {}, {}
+    for file in files:
+        for key, (shape, _) in open_weights(file).items():
+            name = re.sub(r"^(layers\.\d+\.)?(.+)(?=\.weight$)", lambda m: (m[1] or "") + META.get(m[2], m[2]), key)
+            name = hf_name(name) if meta else key
+            if len(shape) > 1 or name not in where:  # each of Meta's files holds the norms in full
+                where.setdefault(name, []).append((file, key))
+                shapes.setdefault(name, []).append(shape)
+    if want.keys() - where.keys():
+        raise BadInput(f"{folder}: no weights named {some(want.keys() - where.keys())}; is this a whole Llama?")
+    if extra := where.keys() - want.keys() - {"lm_head.weight"}:
+        raise BadInput(f"{folder}: holds weights that a Llama has no place for: {some(extra)}")
+    for name, full in want.items():
+        cut = int(name.endswith(CUT_BY_COLUMNS))
+        part = tuple(n // len(where[name]) if i == cut else n for i, n in enumerate(full))
+        for (file, key), shape in zip(where[name], shapes[name], strict=True):
+            total = full[cut] // shape[cut] if meta and len(shape) == len(full) and shape[cut] else 0
+            if shape != part and total > len(files):
+                absent = folder / f"consolidated.{len(files):02}.pth"
+                raise BadInput(f"{absent}: not found; the weights lie in {total} files, copy it again")
+            if shape != part or part[cut] * len(where[name]) != full[cut]:
+                raise BadInput(f"{file}: {key} has shape {shape}, by the checkpoint's sizes it should be {part}; "
+                               "files do not match")  # fmt: skip
     return where
+
+
+def copy_piece(p: nn.Parameter, shape: tuple, piece, number: int, by_columns: bool):
+    """Copy piece `number` of a tensor that is cut into equal pieces to where it lies in p.
+
+    Of a sharded p each process holds some rows, dealt as torch.chunk does; it reads no others.
+    """
+    rows, first = p, 0
+    if isinstance(p, DTensor):
+        assert p.device_mesh.ndim == 1 and p.placements[0].is_shard(0), p.placements
+        rows, first = p.to_local(), p.device_mesh.get_local_rank() * -(-p.shape[0] // p.device_mesh.size())
+    top = 0 if by_columns else number * shape[0]
+    lo, hi = max(first, top), min(first + len(rows), top + shape[0])
+    if lo < hi:
+        rows = rows[lo - first : hi - first]
+        rows = rows.narrow(1, number * shape[1], shape[1]) if by_columns else rows
+        rows.copy_(piece[lo - top : hi - top])
+
+
+def halves(w: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows of Meta's wq or wk, whose rotary pairs are neighbours (2i, 2i + 1), in our order (i, i + hd/2)."""
+    return w.view(-1, head_dim // 2, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
 
 
 def some(names) -> str:
@@ -406,56 +516,61 @@ def some(names) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def load(folder: str | os.PathLike, dtype=torch.float32, device="cpu", dropout=0.0) -> tuple[Llama, Tokenizer]:
-    """Read a checkpoint folder; every tensor must be there and fit, or BadInput says which does not."""
+@torch.no_grad()
+def load(
+    folder: str | os.PathLike, dtype=torch.float32, device="cpu", dropout=0.0, shard=None
+) -> tuple[Llama, Tokenizer]:
+    """Read a checkpoint folder, Hugging Face's or Meta's, into weights of `dtype`.
+
+    shard(model) is called while the model has no memory yet; then every process reads its own part of each tensor.
+    A process holds no more than its part of the model and the tensor at hand (of Meta's files: the block at hand).
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder; give the folder of a checkpoint (config.json, *.safetensors)")
-    cfg = read_config(folder)
-    tok = Tokenizer(folder / "tokenizer.model")
+    meta = not (folder / "config.json").exists() and bool([*folder.glob("params.json"), *folder.glob("consolidated*")])
+    places = [folder / "tokenizer.model", folder / ".." / "tokenizer.model"]  # Meta's lies beside the folders
+    tok = Tokenizer(next((path for path in places if path.is_file()), places[0]))
+    cfg = read_params(folder, tok.size) if meta else read_config(folder)
     if tok.size != cfg.vocab_size:
         raise BadInput(
-            f"{tok.path}: has {tok.size} pieces but config.json says vocab_size {cfg.vocab_size}; "
+            f"{tok.path}: has {tok.size} pieces but the checkpoint says vocab_size {cfg.vocab_size}; "
             "take the tokenizer.model that belongs to this checkpoint"
         )
     with torch.device("meta"):
-        model = Llama(cfg, dropout)
-    model = model.to(dtype).to_empty(device=device)
+        model = Llama(cfg, dropout).to(dtype)
+    where = find_weights(folder, meta, {hf_name(name): p.shape for name, p in model.named_parameters()})
+    if shard:
+        shard(model)
+    model.to_empty(device=device)
     if cfg.tied:
         model.lm_head.weight = model.embed_tokens.weight  # to_empty has parted them
-    want = {hf_name(name): p for name, p in model.named_parameters()}
-    have = weight_files(folder)
-    extra = have.keys() - want.keys() - ({"lm_head.weight"} if cfg.tied else set())
-    if want.keys() - have.keys():
-        raise BadInput(f"{folder}: no weights named {some(want.keys() - have.keys())}; is this a whole Llama?")
-    if extra:
-        raise BadInput(f"{folder}: holds weights that a Llama has no place for: {some(extra)}")
-    for file in sorted(set(have.values())):
-        with safe_open(file, "pt", device=str(device)) as f, torch.no_grad():
-            for name in (n for n, at in have.items() if at == file and n in want):
-                tensor = f.get_tensor(name)
-                if tensor.shape != want[name].shape:
-                    a, b = tuple(tensor.shape), tuple(want[name].shape)
-                    raise BadInput(f"{file}: {name} has shape {a}, config.json asks for {b}; files do not match")
-                want[name].copy_(tensor)
+    params = {hf_name(name): p for name, p in model.named_parameters()}
+    pieces = [(name.split(".")[:3], file, i, key, name) for name in params for i, (file, key) in enumerate(where[name])]
+    for (_, file), group in groupby(sorted(pieces), key=lambda piece: piece[:2]):
+        tensors = open_weights(file)
+        for *_, number, key, name in group:
+            shape, piece = tensors[key]
+            if meta and name.endswith(("q_proj.weight", "k_proj.weight")):
+                piece = halves(piece, cfg.head_dim)
+            copy_piece(params[name], shape, piece, number, name.endswith(CUT_BY_COLUMNS))
+        del tensors, piece  # opened anew for each block: what is mapped of a file is let go here
     return model, tok
 
 
 def save(model: Llama, tok: Tokenizer, folder: str | os.PathLike, dtype=torch.float32, write: bool = True):
     """Write a checkpoint folder in Hugging Face layout; config.json comes last and marks it as complete.
 
-    Under FSDP every rank calls this (each tensor is gathered in turn) and one has write=True. One shard at a time
-    is in memory, never the full state.
+    Under FSDP every rank calls this (each tensor is gathered in turn) and one has write=True.
     """
     folder = Path(folder)
-    params = list(model.named_parameters())
-    shards, filled = [[]], 0
-    for name, p in params:
+    shards, filled = [{}], 0
+    for name, p in model.named_parameters():
         size = p.numel() * dtype.itemsize
         if shards[-1] and filled + size > SHARD_BYTES:
-            shards.append([])
+            shards.append({})
             filled = 0
-        shards[-1].append((name, p))
+        shards[-1][hf_name(name)] = p
         filled += size
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     names = ["model.safetensors"] if len(shards) == 1 else names
@@ -465,23 +580,89 @@ def save(model: Llama, tok: Tokenizer, folder: str | os.PathLike, dtype=torch.fl
             old.unlink(missing_ok=True)
         if tok.path.resolve() != (folder / "tokenizer.model").resolve():
             (folder / "tokenizer.model").write_bytes(tok.path.read_bytes())
+        write_json(folder / "tokenizer.json", tokenizer_json(tok), indent=None)
+        write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG | {"model_max_length": model.cfg.max_len})
+        write_json(folder / "generation_config.json", {"bos_token_id": tok.bos, "eos_token_id": tok.eos})
     for file, shard in zip(names, shards, strict=True):
-        tensors = {}
-        for name, p in shard:
-            full = p.full_tensor() if isinstance(p, DTensor) else p
-            if write:
-                tensors[hf_name(name)] = full.detach().to("cpu", dtype).contiguous()
-        if write:
-            save_file(tensors, folder / (file + ".tmp"), metadata={"format": "pt"})
-            shutil.copymode(folder / "tokenizer.model", folder / (file + ".tmp"))  # save_file locks others out
-            os.replace(folder / (file + ".tmp"), folder / file)
+        write_weights(folder / file, shard, dtype, write)
     if write:
         if len(shards) > 1:
-            total = sum(p.numel() for _, p in params) * dtype.itemsize
-            where = {hf_name(n): f for f, shard in zip(names, shards, strict=True) for n, _ in shard}
-            index = {"metadata": {"total_size": total}, "weight_map": where}
-            write_text(folder / SHARD_INDEX, json.dumps(index, indent=2) + "\n")
+            total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+            where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+            write_json(folder / SHARD_INDEX, {"metadata": {"total_size": total}, "weight_map": where})
         write_config(model.cfg, tok, dtype, folder / "config.json")
+
+
+@torch.no_grad()
+def write_weights(path: Path, params: dict[str, nn.Parameter], dtype: torch.dtype, write: bool):
+    """A safetensors file: the header's length, the header, the bytes. One tensor at a time is gathered or converted."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, p in params.items():
+        start, end = end, end + p.numel() * dtype.itemsize
+        header[name] = {"dtype": TYPES[dtype], "shape": list(p.shape), "data_offsets": [start, end]}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary if write else os.devnull, "wb") as f:
+        f.write(len(head).to_bytes(8, "little") + head)
+        for p in params.values():
+            full = p.to(dtype).full_tensor() if isinstance(p, DTensor) else p
+            if write:
+                f.write(full.to("cpu", dtype).contiguous().view(torch.uint8).numpy())
+    if write:
+        os.replace(temporary, path)
+
+
+# The chat format for those who read our folders: transformers' AutoTokenizer, vLLM. Where user text holds the name of
+# a control token, the template puts a sign between its first two letters that the tokenizer takes out again, so that
+# it stays text as in Tokenizer.chat.
+CONTROL, SIGN = ("<unk>", "<s>", "</s>"), "\ufdd0"
+CHAT_TEMPLATE = """{%- set ns = namespace(system='', user=true) -%}
+{%- for message in messages -%}
+{%- set text = message['content']REPLACE -%}
+{%- if loop.first and message['role'] == 'system' -%}
+{%- set ns.system = '<<SYS>>\\n' + text + '\\n<</SYS>>\\n\\n' if text else '' -%}
+{%- elif message['role'] != ('user' if ns.user else 'assistant') -%}
+{{- raise_exception('a chat is user, assistant, user and so on') -}}
+{%- else -%}
+{%- set text = (ns.system + text) | trim -%}
+{{- '<s>[INST] ' + text + ' [/INST]' if ns.user else (' ' + text if text else '') + '</s>' -}}
+{%- set ns.system, ns.user = '', not ns.user -%}
+{%- endif -%}
+{%- endfor -%}""".replace("REPLACE", "".join(f" | replace('{c}', '<{SIGN}{c[1:]}')" for c in CONTROL))
+TOKENIZER_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                    "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+                    "chat_template": CHAT_TEMPLATE}  # fmt: skip
+
+
+def tokenizer_json(tok: Tokenizer) -> dict:
+    """The vocabulary as Hugging Face's tokenizers wants it: all merges of two pieces, best piece first."""
+    sp, pieces = tok.sp, [tok.sp.id_to_piece(i) for i in range(tok.size)]
+    plain = [i for i in range(tok.size) if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i))]
+    known, merges = {pieces[i] for i in plain}, []
+    for piece in (pieces[i] for i in sorted(plain, key=sp.get_score, reverse=True)):
+        cuts = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
+        merges += [f"{a} {b}" for a, b in cuts if a in known and b in known]
+    changes = [({"Regex": f"(?<=<){SIGN}(?={'|'.join(c[1:] for c in CONTROL)})"}, ""), ({"String": " "}, "▁")]
+    if tok.encode("a  b ") == tok.encode("a b"):  # a vocabulary that was trained to drop spaces
+        changes.append(({"Regex": r"\A▁+|▁+\z|▁+(?=▁)"}, ""))
+    steps = [{"type": "Replace", "pattern": pattern, "content": content} for pattern, content in changes]
+    steps.append({"type": "Prepend", "prepend": "▁"})
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    decoders = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
+                {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]  # fmt: skip
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": pieces.index(c), "content": c} | flags for c in CONTROL],
+        "normalizer": {"type": "Sequence", "normalizers": steps},
+        "post_processor": {"type": "TemplateProcessing", "single": [bos, first], "pair": [bos, first, second],
+                           "special_tokens": {"<s>": {"id": "<s>", "ids": [tok.bos], "tokens": ["<s>"]}}},
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True,
+                  "vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": merges},
+    }  # fmt: skip
 
 
 # ---- many processes: applied from outside, in place --------------------------------------------------------

@@ -517,10 +517,10 @@ def start_processes():
 
 def open_model(cfg: Config, mesh, folder):
     """Load a checkpoint into fp32 master weights, on the device, sharded over the processes."""
-    model, tok = load(folder, torch.float32, mesh.device_type, cfg.dropout)
     dtype = getattr(torch, cfg.dtype or ("bfloat16" if mesh.device_type == "cuda" else "float32"))
-    if mesh.size() > 1 or mesh.device_type != "cpu" or dtype != torch.float32:
-        parallelize(model, mesh, dtype)  # one CPU process in fp32 has nothing to shard and nothing to cast
+    plain = mesh.size() == 1 and mesh.device_type == "cpu" and dtype == torch.float32  # nothing to shard or to cast
+    shard = None if plain else partial(parallelize, mesh=mesh, dtype=dtype)
+    model, tok = load(folder, torch.float32, mesh.device_type, cfg.dropout, shard)
     return model.eval(), tok
 
 

@@ -29,6 +29,8 @@ from judge import read_rows
 from model import BadInput, load
 
 SHARED = ROOT.parent / "shared" / "data"
+CHECKPOINT = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"}
+CHECKPOINT.add("tokenizer_config.json")
 LINES = ["prompts.jsonl", "candidates.jsonl", "judgements.jsonl", "pairs.jsonl"]
 
 
@@ -123,7 +125,7 @@ def test_the_shipped_command_leaves_every_file_and_a_second_start_changes_no_byt
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "train.py", *flags_of(world, out)]
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert first.returncode == 0, first.stderr
-    weights = ["alpaca_eval.json", "config.json", "exam.jsonl", "model.safetensors", "test.jsonl", "tokenizer.model"]
+    weights = [*CHECKPOINT, "alpaca_eval.json", "exam.jsonl", "test.jsonl"]
     expected = {"config.json", "metrics.jsonl"}
     expected |= {f"{m}/{f}" for m in ("SFT", "M1") for f in weights}
     expected |= {f"{m}/{f}" for m in ("M2", "M3") for f in weights + LINES}
@@ -835,7 +837,7 @@ def test_optional_files_may_be_missing_and_are_named(world, tmp_path, capsys):
     out = run(world, tmp_path / "run", "--iters", 1, "--sft-epochs", 1, data=data)
     said = capsys.readouterr().out
     assert "eft.jsonl: M1 learns from ift.jsonl alone" in said and "models are not compared" in said
-    assert {p.name for p in (out / "M1").iterdir()} == {"config.json", "model.safetensors", "tokenizer.model"}
+    assert {p.name for p in (out / "M1").iterdir()} == CHECKPOINT
 
 
 def test_torchrun_passes_the_error_line_and_the_status_on(tmp_path):
