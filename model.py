@@ -1,8 +1,8 @@
 """model.py: token ids -> logits. Llama 2 by hand, its tokenizer and chat format, and its files.
 
 A checkpoint means weights + vocabulary + chat format, so all three live here. Modules carry the names of the
-Hugging Face layout, so the state dict *is* the file format: transformers, vLLM and llama.cpp read what we write.
-We read that and Meta's own files.
+Hugging Face layout, so the state dict *is* the file format: transformers reads what we write. We read that layout and
+Meta's own files.
 Layers know nothing of processes: head counts are inferred, and the plan for many GPUs is applied from outside,
 below the last rule of this file.
 
