@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model import BadInput, Llama, Tokenizer, read_json, write_text
+from model import BadInput, Llama, Tokenizer, read_json, write_json
 from sample import generate
 
 # ---- the judge's prompt and its verdict --------------------------------------------------------------------
@@ -433,7 +433,7 @@ def main():
     print(show(r))
     if not path.exists():
         print(f"\nNo {path}: nobody outside the loop grades the answers, so there is no head-to-head.")
-    write_text(run / "report.json", json.dumps(r, indent=2) + "\n")
+    write_json(run / "report.json", r)
 
 
 if __name__ == "__main__":

@@ -298,6 +298,10 @@ class Tokenizer:
 
 # ---- files: Hugging Face's and Meta's folders in, Hugging Face's out ---------------------------------------
 
+HF_KEYS = {"vocab_size": "vocab_size", "dim": "hidden_size", "layers": "num_hidden_layers",
+           "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "ffn": "intermediate_size",
+           "max_len": "max_position_embeddings", "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta",
+           "tied": "tie_word_embeddings"}  # fields of ModelConfig -> keys of config.json  # fmt: skip
 IGNORED = ("rotary_emb.inv_freq", "rope.freqs")  # tables that older files store and we compute
 META = {"tok_embeddings": "embed_tokens", "output": "lm_head", "attention_norm": "input_layernorm",
         "ffn_norm": "post_attention_layernorm", "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
@@ -336,19 +340,11 @@ def read_config(folder: Path) -> ModelConfig:
     ):
         if have != want:
             raise BadInput(f"{path}: {key} {have!r} is not Llama 2's {want!r}; this model cannot be loaded")
+    d.setdefault("tie_word_embeddings", False)
+    d["num_key_value_heads"] = d.get("num_key_value_heads") or d.get("num_attention_heads")
+    d["rope_theta"] = float(rope.get("rope_theta", d.get("rope_theta", 10000.0)))
     try:
-        cfg = ModelConfig(
-            vocab_size=d["vocab_size"],
-            dim=d["hidden_size"],
-            layers=d["num_hidden_layers"],
-            heads=d["num_attention_heads"],
-            kv_heads=d.get("num_key_value_heads") or d["num_attention_heads"],
-            ffn=d["intermediate_size"],
-            max_len=d["max_position_embeddings"],
-            norm_eps=d["rms_norm_eps"],
-            rope_theta=float(rope.get("rope_theta", d.get("rope_theta", 10000.0))),
-            tied=d.get("tie_word_embeddings", False),
-        )
+        cfg = ModelConfig(**{field: d[key] for field, key in HF_KEYS.items()})
     except KeyError as e:
         raise BadInput(f"{path}: {e} is missing; copy the checkpoint's config.json again") from None
     return checked(cfg, path, d.get("head_dim"))
@@ -389,16 +385,7 @@ def write_config(cfg: ModelConfig, tok: Tokenizer, dtype: torch.dtype, path: Pat
     d = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": cfg.vocab_size,
-        "hidden_size": cfg.dim,
-        "num_hidden_layers": cfg.layers,
-        "num_attention_heads": cfg.heads,
-        "num_key_value_heads": cfg.kv_heads,
-        "intermediate_size": cfg.ffn,
-        "max_position_embeddings": cfg.max_len,
-        "rms_norm_eps": cfg.norm_eps,
-        "rope_theta": cfg.rope_theta,
-        "tie_word_embeddings": cfg.tied,
+        **{key: getattr(cfg, field) for field, key in HF_KEYS.items()},
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
@@ -416,7 +403,7 @@ def write_text(path: Path, text: str):
     os.replace(temporary, path)
 
 
-def write_json(path: Path, d: dict, indent: int | None = 2):
+def write_json(path: Path, d: dict | list, indent: int | None = 2):
     write_text(path, json.dumps(d, indent=indent, ensure_ascii=False) + "\n")
 
 

@@ -56,12 +56,12 @@ def pick(logits, u, temperature: float, top_p: float, slice_size: int = 64):
         return ids
     probs = (logits / temperature).softmax(-1)
     if top_p == 1:  # all tokens, in any order
-        check_finite(probs)
+        check_finite(probs[:, :1])  # softmax spreads one bad logit over its whole row
         top, ids = probs, torch.arange(probs.shape[-1], device=probs.device).expand_as(probs)
     else:
         top, ids = probs.topk(min(slice_size, probs.shape[-1]))  # (B, slice), most likely first
         if not (top.sum(-1) >= top_p).all():
-            check_finite(probs)
+            check_finite(probs[:, :1])
             top, ids = probs.sort(dim=-1, descending=True)
         top = top * (top.cumsum(-1) - top < top_p)
     cumulative = top.cumsum(-1)

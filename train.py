@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads sleep: where cores are shared, spinning is slow
@@ -39,7 +40,7 @@ import judge
 import sample
 from dpo import collate, preference_loss, sequence_logps, sft_loss
 from judge import read_rows
-from model import BadInput, gathered, load, parallelize, read_json, save, write_text
+from model import BadInput, gathered, load, parallelize, read_json, save, write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def seed_sft(cfg: Config, mesh, data: dict, name: str, rows: list[dict]):
         raise BadInput(f"{cfg.data}: no seed row fits the context of {room} tokens; shorten rows or change --init")
     plan = batches([len(p) + len(r) for p, r in fit], cfg.batch, cfg.sft_epochs, (cfg.seed, name))
     optimize(
-        cfg, mesh, model, name, plan, fit,
+        cfg, model, name, plan, fit,
         pack=lambda rows: collate(rows, mesh.device_type), loss=sft_loss, units=lambda row: len(row[1]),
         lr=cfg.sft_lr, end=0.2,
     )  # fmt: skip
@@ -163,12 +164,8 @@ def self_reward(cfg: Config, mesh, data: dict, start: str, end: str):
     model, tok = open_model(cfg, mesh, Path(cfg.out) / start)
     prompts = read_rows(Path(cfg.out) / end / "prompts.jsonl", "prompt")
     if not done(cfg, end, "candidates.jsonl"):
-        put(
-            cfg,
-            end,
-            "candidates.jsonl",
-            respond(cfg, model, tok, prompts, f"{start} responds", (end, "responses"), cfg.candidates),
-        )
+        drawn = respond(cfg, model, tok, prompts, f"{start} responds", (end, "responses"), cfg.candidates)
+        put(cfg, end, "candidates.jsonl", drawn)
     candidates = read_rows(Path(cfg.out) / end / "candidates.jsonl", empty=True)
     if not done(cfg, end, "judgements.jsonl"):
         texts = {p["id"]: p["prompt"] for p in prompts}
@@ -182,9 +179,8 @@ def self_reward(cfg: Config, mesh, data: dict, start: str, end: str):
     rate, histogram = judge.parse_rate(judgements) or 0, Counter(j["score"] for j in judgements)
     log(f"{end}: {dict(tally)}; {rate:.1%} of {len(judgements)} judgements readable")
     if not pairs:
-        remedy = (
-            f"{start} cannot judge yet: give it EFT rows or more SFT" if judgements else "shorten judge.txt or texts"
-        )
+        remedy = f"{start} cannot judge yet: give it EFT rows or more SFT"
+        remedy = remedy if judgements else "shorten judge.txt or texts"
         raise BadInput(
             f"{cfg.out}/{end}: none of {len(prompts)} prompts gave a pair: {dict(tally)}, {rate:.1%} of judgements "
             f"readable, scores {dict(histogram.most_common())}; {remedy}"
@@ -201,18 +197,20 @@ def limit(tokens: int, model) -> int:
     return most
 
 
-def respond(cfg: Config, model, tok, rows: list[dict], what: str, stage: tuple, n: int) -> list[dict]:
-    """n responses to each prompt, on all processes; prompts that leave no room for one are left out and counted.
+def sampling(cfg: Config, stage: tuple) -> dict:
+    """Knobs of responses and of judgements. The seed and the stage key their random numbers: the test prompts have
+    the same ones for every model."""
+    return {"key": (cfg.seed, *stage), "temperature": cfg.temperature, "top_p": cfg.top_p, "batch": cfg.sample_batch}
 
-    `stage` keys the random numbers, with the seed: the test prompts have the same ones for every model.
-    """
+
+def respond(cfg: Config, model, tok, rows: list[dict], what: str, stage: tuple, n: int) -> list[dict]:
+    """n responses to each prompt, on all processes; prompts that leave no room for one are left out and counted."""
     most = limit(cfg.max_response, model)
     fit = [r for r in rows if len(tok.chat(r["prompt"])) + most <= model.cfg.max_len]
     if len(fit) < len(rows):
         log(f"{what}: {len(rows) - len(fit)} prompts leave no room for a response of {most} tokens")
     with gathered(model), progress(what, len(fit) * n, "responses") as bar:
-        knobs = {"temperature": cfg.temperature, "top_p": cfg.top_p, "batch": cfg.sample_batch, "tick": bar}
-        knobs |= {"key": (cfg.seed, *stage), "n": n, "max_new": most}
+        knobs = sampling(cfg, stage) | {"n": n, "max_new": most, "tick": bar}
         return in_order(spread(fit, lambda mine: sample.respond(model, tok, mine, **knobs)))
 
 
@@ -220,8 +218,7 @@ def score(cfg: Config, model, tok, data: dict, rows: list[dict], what: str, stag
     """The model's judgements of responses, on all processes."""
     most = limit(cfg.max_judgement, model)
     with gathered(model), progress(what, len(rows) * cfg.votes, "judgements") as bar:
-        knobs = {"temperature": cfg.temperature, "top_p": cfg.top_p, "batch": cfg.sample_batch, "tick": bar}
-        knobs |= {"key": (cfg.seed, *stage), "votes": cfg.votes, "max_new": most}
+        knobs = sampling(cfg, stage) | {"votes": cfg.votes, "max_new": most, "tick": bar}
         found = in_order(spread(rows, lambda mine: judge.score(model, tok, data["judge_template"], mine, **knobs)))
     missing = len(rows) - len(found) // cfg.votes
     if missing:
@@ -250,7 +247,7 @@ def train_dpo(cfg: Config, mesh, start: str, end: str):
     if cfg.reference in ("", start):
         check_start(cfg, mesh, model, examples, plan[0], start, end)
     optimize(
-        cfg, mesh, model, end, plan, examples,
+        cfg, model, end, plan, examples,
         pack=partial(pack_pairs, device=mesh.device_type), loss=partial(preference_loss, beta=cfg.beta, nll=cfg.nll),
         units=lambda row: 1, lr=cfg.dpo_lr, end=0.1,
     )  # fmt: skip
@@ -271,7 +268,7 @@ def examine(cfg: Config, mesh, data: dict, name: str):
         alpaca = [{"instruction": a["prompt"], "output": a["response"], "generator": name,
                    "dataset": Path(cfg.data).name} for a in answers]  # fmt: skip
         if dist.get_rank() == 0:
-            write_text(Path(cfg.out) / name / "alpaca_eval.json", json.dumps(alpaca, indent=1, ensure_ascii=False))
+            write_json(Path(cfg.out) / name / "alpaca_eval.json", alpaca)
         put(cfg, name, "test.jsonl", answers)
     if "exam.jsonl" in todo:
         asked = [{"id": i, "k": k, "prompt": row["prompt"], "response": text}
@@ -282,7 +279,7 @@ def examine(cfg: Config, mesh, data: dict, name: str):
 # ---- the optimisation loop, one for both losses ------------------------------------------------------------
 
 
-def optimize(cfg: Config, mesh, model, name, plan, examples, *, pack, loss, units, lr: float, end: float):
+def optimize(cfg: Config, model, name, plan, examples, *, pack, loss, units, lr: float, end: float):
     """Update the model on every batch of the plan: AdamW, 5 % warm-up, cosine from lr to end * lr, clipping at 1.
 
     pack(rows) makes the tensors that loss(model, *tensors) takes; it returns a sum over units, of which units(row)
@@ -419,15 +416,15 @@ def open_run(cfg: Config) -> dict:
             raise BadInput(f"{path}: not found; copy it from data/zoo or data/oasst and edit it")
         texts[path] = path.read_text(encoding="utf-8")
 
-    def rows(name, *keys):
-        return read_rows(data / name, *keys) if (data / name).exists() else []
+    def rows(name, *keys, read=read_rows):
+        return read(data / name, *keys) if (data / name).exists() else []
 
     found = {
         "judge_template": judge.check_template(texts[template], template),
         "propose": texts[data / "propose.txt"],
         "ift": read_rows(data / "ift.jsonl", "prompt", "response"),
         "eft": rows("eft.jsonl", "prompt", "response", "judgement"),
-        "exam": judge.read_ranked(data / "eft_eval.jsonl") if (data / "eft_eval.jsonl").exists() else [],
+        "exam": rows("eft_eval.jsonl", read=judge.read_ranked),
         "test": rows("test.jsonl", "prompt"),
     }
     found["held_out"] = [r["prompt"] for r in found["exam"] + found["test"] + rows("valid.jsonl", "prompt")]
@@ -451,7 +448,7 @@ def open_run(cfg: Config) -> dict:
     dist.barrier()  # nobody writes before all have read
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(saved, json.dumps(mine, indent=2) + "\n")
+        write_json(saved, mine)
     return found
 
 
@@ -491,8 +488,8 @@ def write_metrics(cfg: Config, line: dict):
 def shuffled(scores: dict[tuple, float], key: tuple) -> dict[tuple, float]:
     """The control: every prompt keeps its scores, but they are dealt anew among its candidates."""
     out = {}
-    for i in sorted({i for i, _ in scores}):
-        places = sorted(at for at in scores if at[0] == i)
+    for i, group in groupby(sorted(scores), key=lambda at: at[0]):
+        places = list(group)
         values = [scores[at] for at in places]
         random.Random(repr((*key, i))).shuffle(values)
         out |= zip(places, values, strict=True)

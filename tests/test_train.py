@@ -389,10 +389,10 @@ def watched(world):
     seen = SimpleNamespace(start={}, examples={}, kept={}, asked=[], pairs={})
     optimize, stream, put = train.optimize, sample.stream, train.put
 
-    def watch_optimize(cfg, mesh, model, name, plan, examples, **rest):
+    def watch_optimize(cfg, model, name, plan, examples, **rest):
         seen.start[name] = {k: p.detach().clone() for k, p in model.named_parameters()}
         seen.examples[name] = json.loads(json.dumps(examples))
-        optimize(cfg, mesh, model, name, plan, examples, **rest)
+        optimize(cfg, model, name, plan, examples, **rest)
         seen.kept[name] = json.loads(json.dumps(examples))
 
     def watch_stream(model, prompts, keys, **knobs):

@@ -34,6 +34,7 @@ import oracle  # noqa: E402
 from oracle import ANIMALS, ATTRS, FACTS, FILLERS, MYTHS, SAYINGS, VALUES, Ask, Fact  # noqa: E402
 
 from model import CONFIGS, Llama, Tokenizer, save  # noqa: E402
+from sample import generate  # noqa: E402
 
 SIZES = {"test": 512, "valid": 128, "eft_eval": 96, "eft_ranked": 96, "ift": 1000, "eft": 6000}
 RESPONSES = 4  # per ranked prompt
@@ -435,26 +436,22 @@ def pretrain(model: Llama, tok: Tokenizer, make, *, steps: int, seed: int, max_t
             print(f"step {step + 1}/{steps}  loss {mean:.3f}  {time.time() - start:.0f} s", flush=True)
 
 
-@torch.no_grad()
-def greedy(model: Llama, tok: Tokenizer, text: str, max_new: int) -> str:
-    """The likeliest continuation of a raw text, up to its end of document or line."""
-    ids = tok.raw(text)
-    for _ in range(max_new):
-        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-        if ids[-1] == tok.eos or ids[-1] in tok.newlines:
-            break
-    return tok.decode(ids[1:])[len(text) :].strip()
+def greedy(model: Llama, tok: Tokenizer, texts: list[str], max_new: int) -> list[str]:
+    """The likeliest continuation of each raw text, up to its end of document or line."""
+    prompts, keys = [tok.raw(text) for text in texts], [(i,) for i in range(len(texts))]
+    drawn = generate(model, prompts, keys, stop=[tok.eos, *tok.newlines], max_new=max_new, temperature=0)
+    return [tok.decode(ids).strip() for (ids,) in drawn]
 
 
 def probe(model: Llama, tok: Tokenizer, prompts: list[str], seed: int) -> dict[str, float]:
     """What the base knows: the oracle on its greedy answers, and how many fact checks it gets wholly right."""
-    found = Counter()
-    for prompt in prompts:
-        found.update(oracle.criteria(prompt, greedy(model, tok, f"Question: {prompt}\nAnswer:", 80)))
-    rng = random.Random(f"{seed} probe")
-    for _ in prompts:
-        claim, given = make_claim(rng).split("\n")
-        found["checks"] += greedy(model, tok, claim + "\nGiven:", 24) == given.removeprefix("Given: ")
+    found, rng = Counter(), random.Random(f"{seed} probe")
+    answers = greedy(model, tok, [f"Question: {prompt}\nAnswer:" for prompt in prompts], 80)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        found.update(oracle.criteria(prompt, answer))
+    claims, givens = zip(*(make_claim(rng).split("\n") for _ in prompts), strict=True)
+    checks = greedy(model, tok, [claim + "\nGiven:" for claim in claims], 24)
+    found["checks"] = sum(c == given.removeprefix("Given: ") for c, given in zip(checks, givens, strict=True))
     return {name: count / len(prompts) for name, count in found.items()}
 
 
