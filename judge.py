@@ -13,7 +13,6 @@ Left out: outside judges over the network, judging in both orders (a score looks
 
 import argparse
 import importlib.util
-import json
 import math
 import re
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from model import BadInput, Llama, Tokenizer, read_json, write_json
-from sample import generate
+from sample import generate, read_rows
 
 # ---- the judge's prompt and its verdict --------------------------------------------------------------------
 
@@ -215,38 +214,6 @@ def head_to_head(a: list[float], b: list[float], resamples: int = 10000) -> dict
 
 
 # ---- the report of a run -----------------------------------------------------------------------------------
-
-
-def usable(row, key: str) -> bool:
-    """Texts are not blank, everything else is a list that is not empty or a stored log-probability."""
-    value = row.get(key) if isinstance(row, dict) else None
-    if key in ("prompt", "response", "judgement"):
-        return isinstance(value, str) and bool(value.strip())
-    return isinstance(value, float) or isinstance(value, list) and bool(value)
-
-
-def read_rows(path: Path, *keys: str, empty: bool = False) -> list[dict]:
-    """JSON lines with at least `keys`; a bad row is named by file and line."""
-    try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
-    except FileNotFoundError:
-        raise BadInput(f"{path}: not found; see the README for the files a data folder holds") from None
-    except UnicodeDecodeError as e:
-        raise BadInput(f"{path}: byte {e.start} is not UTF-8; save the file as UTF-8") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as e:
-                raise BadInput(f"{path}:{number}: not valid JSON ({e}); mend or remove the line") from None
-            missing = [k for k in keys if not usable(row, k)]
-            if missing:
-                raise BadInput(f"{path}:{number}: no usable {' and '.join(missing)}; mend or remove the line")
-            rows.append(row)
-    if not rows and not empty:
-        raise BadInput(f"{path}: holds no rows; make it again or remove it")
-    return rows
 
 
 def read_ranked(path: Path) -> list[dict]:

@@ -313,15 +313,15 @@ SHARD_INDEX = "model.safetensors.index.json"
 TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as safetensors calls them
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, kind: type = dict) -> dict | list:
     try:
         d = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"{path}: not found; is {path.parent} a finished checkpoint or run folder?") from None
     except ValueError as e:
         raise BadInput(f"{path}: not valid JSON ({e}); copy or write it again") from None
-    if not isinstance(d, dict):
-        raise BadInput(f"{path}: not a JSON object; copy or write it again")
+    if not isinstance(d, kind):
+        raise BadInput(f"{path}: not a JSON {'object' if kind is dict else 'list'}; copy or write it again")
     return d
 
 

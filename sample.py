@@ -5,6 +5,7 @@ responses to each are drawn with temperature 0.7 and top-p 0.9.
 
     python sample.py runs/zoo/M3                      chat in the terminal
     python sample.py runs/zoo/M3 "What is an owl?"    answer once
+    python sample.py runs/zoo/M3 --prompts FILE --out alpaca_eval.json
 
 What is common to prompts is computed once: the ids that all prompts begin with (a judge's template) for the whole
 call, a prompt for its n samples. Every sample draws from random numbers of its own, keyed by what it is (seed,
@@ -15,17 +16,23 @@ Left out: beam search, repetition penalties, continuous batching (a finished row
 
 import argparse
 import hashlib
+import json
 import os
 import random
 import re
 import string
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import chain, product
+from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from model import BadInput, Llama, Tokenizer, load
+from model import BadInput, Llama, Tokenizer, load, read_json, write_text
 
 # ---- one token ---------------------------------------------------------------------------------------------
 
@@ -173,11 +180,13 @@ def generate(model: Llama, prompts, keys, *, stop, max_new, n: int = 1, tick: Ca
 
 def respond(model: Llama, tok: Tokenizer, rows: list[dict], *, key: tuple, n: int = 4, **knobs) -> list[dict]:
     """Sample n responses to each {"id", "prompt"}; rows {"id", "k", "response", "tokens", "truncated"} (section 2.2).
+    A row with "turns", user, assistant and so on to user, is a chat to go on with.
 
     `tokens` are the sampled ids themselves. A response that met the length limit has no end-of-sequence token and
     is marked as truncated; it is never given one, or training on it would teach to stop in mid-sentence.
     """
-    prompts, keys = [tok.chat(r["prompt"]) for r in rows], [(*key, r["id"]) for r in rows]
+    prompts = [tok.chat(*(r["turns"] if "turns" in r else [r["prompt"]])) for r in rows]
+    keys = [(*key, r["id"]) for r in rows]
     samples = generate(model, prompts, keys, n=n, stop=[tok.eos], **knobs)
     return [
         {
@@ -305,6 +314,125 @@ def propose(
     return accepted, tally
 
 
+# ---- rows of text, in and out ------------------------------------------------------------------------------
+
+
+def usable(row, key: str) -> bool:
+    """Texts are not blank, everything else is a list that is not empty or a stored log-probability."""
+    value = row.get(key) if isinstance(row, dict) else None
+    if key in ("prompt", "response", "judgement"):
+        return isinstance(value, str) and bool(value.strip())
+    return isinstance(value, float) or isinstance(value, list) and bool(value)
+
+
+def read_rows(path: Path, *keys: str, empty: bool = False) -> list[dict]:
+    """JSON lines with at least `keys`; a bad row is named by file and line."""
+    try:
+        lines = path.read_bytes().decode("utf-8").split("\n")
+    except FileNotFoundError:
+        raise BadInput(f"{path}: not found; see the README for the files a data folder holds") from None
+    except UnicodeDecodeError as e:
+        raise BadInput(f"{path}: byte {e.start} is not UTF-8; save the file as UTF-8") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as e:
+                raise BadInput(f"{path}:{number}: not valid JSON ({e}); mend or remove the line") from None
+            missing = [k for k in keys if not usable(row, k)]
+            if missing:
+                raise BadInput(f"{path}:{number}: no usable {' and '.join(missing)}; mend or remove the line")
+            rows.append(row)
+    if not rows and not empty:
+        raise BadInput(f"{path}: holds no rows; make it again or remove it")
+    return rows
+
+
+def read_questions(path: Path) -> list[dict]:
+    """The rows of a .json list or of JSON lines, with "turns": what the user says, by the name of "prompt",
+    "instruction" (AlpacaEval) or "turns" (MT-Bench). Raises BadInput where a row has none."""
+    questions = []
+    if not path.is_file():
+        raise BadInput(f"{path}: not found; give a .json or .jsonl file of prompts")
+    rows = read_json(path, list) if path.suffix == ".json" else read_rows(path)
+    for number, row in enumerate(rows, 1):
+        row = row if isinstance(row, dict) else {}
+        turns = row.get("turns") or [row.get("instruction", row.get("prompt"))]
+        if not isinstance(turns, list) or not all(isinstance(t, str) and t.strip() for t in turns):
+            raise BadInput(f"{path}: row {number} has no text as prompt or instruction, nor a list of turns; mend it")
+        if len(turns) > 1 and "question_id" not in row:
+            raise BadInput(f"{path}: row {number} has {len(turns)} turns and no question_id; mend it")
+        questions.append(row | {"turns": turns})
+    if not questions:
+        raise BadInput(f"{path}: holds no prompts; give rows with a prompt")
+    return questions
+
+
+# FastChat's temperatures for MT-Bench; in its other categories, writing and roleplay, it is 0.7
+MT_BENCH = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}
+
+
+def answer(
+    model: Llama,
+    tok: Tokenizer,
+    questions: list[dict],
+    *,
+    key: tuple,
+    temperature: float | None,
+    batch: int,
+    max_new: int,
+    top_p: float,
+) -> list[dict]:
+    """The questions with "responses" and "truncated", one of each for every turn (a later turn sees the earlier ones).
+
+    temperature None: 0.7, or that of MT-Bench's category. Ctrl-C returns what has been answered. Raises BadInput,
+    before anything is answered, where a question leaves no room for max_new tokens a turn.
+    """  # fmt: skip
+    for number, q in enumerate(questions, 1):
+        need = sum(len(tok.chat(text)) + max_new for text in q["turns"])
+        if need > model.cfg.max_len:
+            raise BadInput(f"prompt {number} may need {need} tokens with its answers, more than the context of "
+                           f"{model.cfg.max_len}: shorten it or lower --max-new")  # fmt: skip
+    own = [MT_BENCH.get(q.get("category"), 0.7) if "question_id" in q else 0.7 for q in questions]
+    todo = [q | {"id": i, "responses": [], "truncated": [], "temperature": t if temperature is None else temperature}
+            for i, (q, t) in enumerate(zip(questions, own, strict=True))]  # fmt: skip
+    answered, most = [], 4 * batch
+    with tqdm(total=len(todo), unit=" prompts", disable=None) as bar, suppress(KeyboardInterrupt):
+        for group in (todo[at : at + most] for at in range(0, len(todo), most)):
+            for turn, t in product(range(max(len(q["turns"]) for q in group)), {q["temperature"] for q in group}):
+                mine = [q for q in group if q["temperature"] == t and len(q["turns"]) > turn]
+                said = [[*chain(*zip(q["turns"], q["responses"], strict=False)), q["turns"][turn]] for q in mine]
+                rows = [{"id": q["id"], "turns": texts} for q, texts in zip(mine, said, strict=True)]
+                knobs = {"max_new": max_new, "temperature": t, "top_p": top_p, "batch": batch}
+                for q, r in zip(mine, respond(model, tok, rows, key=(*key, turn), n=1, **knobs), strict=True):
+                    q["responses"].append(r["response"])
+                    q["truncated"].append(r["truncated"])
+            answered += group
+            bar.update(len(group))
+    return answered
+
+
+def alpaca_rows(texts: list[tuple[str, str]], generator: str, dataset: str) -> list[dict]:
+    """(prompt, response) pairs as AlpacaEval reads them."""
+    return [{"instruction": p, "output": r, "generator": generator, "dataset": dataset} for p, r in texts]
+
+
+def as_file(answered: list[dict], name: str, dataset: str, suffix: str) -> str:
+    """Answered questions as the text of a file: AlpacaEval's JSON, FastChat's MT-Bench answers, or plain JSON lines."""
+    if suffix == ".json":
+        rows = [alpaca_rows([(q["turns"][0], q["responses"][0])], name, q.get("dataset", dataset))[0] for q in answered]
+        return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
+    rows = [
+        {"question_id": q["question_id"], "answer_id": f"{name}-{q['question_id']}", "model_id": name,
+         "choices": [{"index": 0, "turns": q["responses"]}], "tstamp": time.time()}
+        if "question_id" in q else
+        {"prompt": q["turns"][0], "response": q["responses"][0], "truncated": q["truncated"][0]}
+        for q in answered
+    ]  # fmt: skip
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 # ---- in the terminal ---------------------------------------------------------------------------------------
 
 
@@ -321,21 +449,7 @@ def say(model: Llama, tok: Tokenizer, turns: list[str], key: tuple, **knobs) -> 
     return shown
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Chat with a checkpoint, or answer one prompt.")
-    parser.add_argument("checkpoint", help="folder with config.json, model*.safetensors, tokenizer.model")
-    parser.add_argument("prompt", nargs="?", help="answer this and exit; without it, chat")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
-    parser.add_argument("--top-p", type=float, default=0.9)
-    parser.add_argument("--max-new", type=int, default=256, help="most tokens of an answer")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tok = load(args.checkpoint, torch.bfloat16 if device == "cuda" else torch.float32, device)
-    knobs = {"temperature": args.temperature, "top_p": args.top_p, "max_new": args.max_new}
-    if args.prompt is not None:
-        say(model.eval(), tok, [args.prompt], (args.seed, 0), **knobs)
-        return
+def chat(model: Llama, tok: Tokenizer, seed: int, **knobs):
     print("Write a prompt; an empty line starts a new chat, Ctrl-D ends.")
     turns = []
     while True:
@@ -343,10 +457,55 @@ def main():
             line = input("> ").strip()
             turns = [*turns, line] if line else []
             if line:
-                turns.append(say(model.eval(), tok, turns, (args.seed, len(turns)), **knobs))
+                turns.append(say(model, tok, turns, (seed, len(turns)), **knobs))
         except (EOFError, KeyboardInterrupt):
             print()
             return
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Chat with a checkpoint, answer one prompt, or answer a file of them.")
+    parser.add_argument("checkpoint", help="folder with config.json, model*.safetensors, tokenizer.model")
+    parser.add_argument("prompt", nargs="?", help="answer this and exit; without it, chat")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="answer the prompts of a .json or .jsonl file")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where: .json for AlpacaEval; .jsonl for rows, or, to "
+                        "questions with turns, FastChat's MT-Bench answers")  # fmt: skip
+    parser.add_argument("--name", help="what to call the model in the file; the name of its folder")
+    parser.add_argument("--batch", type=int, default=64, help="prompts answered side by side")
+    parser.add_argument("--temperature", type=float, help="0 is greedy; 0.7, for MT-Bench that of each category")
+    parser.add_argument("--top-p", type=float, default=0.9)
+    parser.add_argument("--max-new", type=int, default=256, help="most tokens of an answer")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if (args.prompts is None) != (args.out is None) or args.prompts and args.prompt is not None:
+        parser.error("--prompts FILE and --out FILE belong together, and leave no place for a prompt")
+    if args.out and args.out.suffix not in (".json", ".jsonl"):
+        parser.error(f"--out {args.out}: name it .json (AlpacaEval) or .jsonl (rows, MT-Bench)")
+    return args
+
+
+def main():
+    args = parse_args()
+    questions = read_questions(args.prompts) if args.prompts else []
+    if args.out and args.out.suffix == ".json" and any(len(q["turns"]) > 1 for q in questions):
+        raise BadInput(f"{args.prompts}: has questions of several turns, AlpacaEval has no place for them; "
+                       "name --out .jsonl")  # fmt: skip
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tok = load(args.checkpoint, torch.bfloat16 if device == "cuda" else torch.float32, device)
+    knobs = {"top_p": args.top_p, "max_new": args.max_new}
+    if args.prompts:
+        answered = answer(model.eval(), tok, questions, key=(args.seed,), temperature=args.temperature,
+                          batch=args.batch, **knobs)  # fmt: skip
+        name = args.name or Path(args.checkpoint).resolve().name
+        write_text(args.out, as_file(answered, name, args.prompts.stem, args.out.suffix))
+        if len(answered) < len(questions):
+            sys.exit(f"interrupted: {args.out} has the first {len(answered)} of {len(questions)} answers")
+        return
+    knobs["temperature"] = 0.7 if args.temperature is None else args.temperature
+    if args.prompt is not None:
+        say(model.eval(), tok, [args.prompt], (args.seed, 0), **knobs)
+    else:
+        chat(model.eval(), tok, args.seed, **knobs)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ from tqdm import tqdm
 import judge
 import sample
 from dpo import collate, preference_loss, sequence_logps, sft_loss
-from judge import read_rows
 from model import BadInput, gathered, load, parallelize, read_json, save, write_json, write_text
+from sample import alpaca_rows, read_rows
 
 
 @dataclass(frozen=True)
@@ -265,10 +265,9 @@ def examine(cfg: Config, mesh, data: dict, name: str):
         rows = [{"id": i, "prompt": r["prompt"]} for i, r in enumerate(data["test"])]
         answers = respond(cfg, model, tok, rows, f"{name} answers the test prompts", ("test",), 1)
         answers = [rows[a["id"]] | a for a in answers]
-        alpaca = [{"instruction": a["prompt"], "output": a["response"], "generator": name,
-                   "dataset": Path(cfg.data).name} for a in answers]  # fmt: skip
         if dist.get_rank() == 0:
-            write_json(Path(cfg.out) / name / "alpaca_eval.json", alpaca)
+            texts = [(a["prompt"], a["response"]) for a in answers]
+            write_json(Path(cfg.out) / name / "alpaca_eval.json", alpaca_rows(texts, name, Path(cfg.data).name))
         put(cfg, name, "test.jsonl", answers)
     if "exam.jsonl" in todo:
         asked = [{"id": i, "k": k, "prompt": row["prompt"], "response": text}

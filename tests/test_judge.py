@@ -24,13 +24,13 @@ from judge import (
     models_of,
     parse_score,
     prefer,
-    read_rows,
     report,
     score,
     show,
     spearman,
 )
 from model import BadInput
+from sample import read_rows
 
 # ---- the verdict
 

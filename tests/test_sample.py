@@ -15,7 +15,20 @@ from scipy import stats
 
 import sample
 from model import BadInput, load
-from sample import generate, pick, propose, respond, rouge_l, say, stream, unfit, uniforms
+from sample import (
+    answer,
+    as_file,
+    generate,
+    pick,
+    propose,
+    read_questions,
+    respond,
+    rouge_l,
+    say,
+    stream,
+    unfit,
+    uniforms,
+)
 
 
 @pytest.fixture(scope="module")
@@ -615,3 +628,145 @@ def test_the_command_reports_bad_input_in_one_line_and_with_exit_status_1():
     made = command("/nowhere", "Hi")
     assert made.returncode == 1 and made.stdout == ""
     assert made.stderr.startswith("error: /nowhere") and made.stderr.count("\n") == 1
+
+
+# ---- files of prompts in, files of answers out
+
+QUESTIONS = [
+    {"question_id": 81, "category": "writing", "turns": ["Tell me about the owl", "And the {wolf}?"]},
+    {"question_id": 111, "category": "math", "turns": ["Where does the otter live?", "Why?"]},
+    {"question_id": 141, "category": "stem", "turns": ["Compare the bear with the seal."]},
+]
+ASKED = {"max_new": 12, "top_p": 0.95, "batch": 2}
+
+
+def test_the_second_turn_of_a_question_sees_the_first_and_its_answer(net, tok):
+    done = answer(net, tok, QUESTIONS, key=(3,), temperature=None, **ASKED)
+    assert [len(q["responses"]) for q in done] == [2, 2, 1]
+    for i, (q, t) in enumerate(zip(done, (0.7, 0.0, 0.1), strict=True)):  # as FastChat does for these categories
+        said = []
+        for turn, text in enumerate(q["turns"]):
+            said.append(text)
+            ids = generate(
+                net, [tok.chat(*said)], [(3, turn, i)], stop=[tok.eos], max_new=12, temperature=t, top_p=0.95
+            )
+            whole = ids[0][0]
+            said.append(tok.decode([i for i in whole if i != tok.eos]).strip())
+            assert (q["responses"][turn], q["truncated"][turn]) == (said[-1], whole[-1] != tok.eos)
+
+
+def test_a_temperature_that_is_given_counts_for_all_categories(net, tok):
+    greedy = answer(net, tok, QUESTIONS, key=(3,), temperature=0.0, **ASKED)
+    for q in greedy:
+        want = generate(net, [tok.chat(q["turns"][0])], [()], stop=[tok.eos], max_new=12, temperature=0)[0][0]
+        assert q["responses"][0] == tok.decode([i for i in want if i != tok.eos]).strip()
+
+
+def test_ctrl_c_keeps_the_batches_that_are_answered(net, tok, monkeypatch):
+    calls, real = [], sample.respond
+
+    def interrupted(*args, **knobs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **knobs)
+
+    rows = [{"turns": [f"Number {i}"]} for i in range(10)]
+    whole = answer(net, tok, rows, key=(), temperature=1.0, max_new=4, top_p=1.0, batch=1)
+    monkeypatch.setattr(sample, "respond", interrupted)
+    assert answer(net, tok, rows, key=(), temperature=1.0, max_new=4, top_p=1.0, batch=1) == whole[:8]
+
+
+def test_a_question_that_leaves_no_room_is_named_before_any_is_answered(net, tok, monkeypatch):
+    monkeypatch.setattr(sample, "respond", None)
+    long = {"question_id": 1, "turns": ["Hi", "the owl " * 60]}
+    with pytest.raises(BadInput, match=r"^prompt 2 may need \d+ tokens with its answers, more than the context of 512"):
+        answer(net, tok, [QUESTIONS[0], long], key=(), temperature=None, **ASKED | {"max_new": 200})
+
+
+READ = {
+    "alpaca.json": ('[{"instruction": "Why?", "output": "x", "dataset": "koala"}]', [["Why?"]]),
+    "rows.jsonl": ('{"prompt": "a"}\n\n{"instruction": "b{}"}\n', [["a"], ["b{}"]]),
+    "question.jsonl": ('{"question_id": 1, "category": "math", "turns": ["a", "b"]}\n', [["a", "b"]]),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_prompt_files_of_all_shapes_are_read(tmp_path, name):
+    text, turns = READ[name]
+    (tmp_path / name).write_text(text)
+    assert [q["turns"] for q in read_questions(tmp_path / name)] == turns
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.json", "[]", "holds no prompts"),
+        ("a.json", "{}", "not a JSON list"),
+        ("a.json", '["Why?"]', "row 1 has no text"),
+        ("a.json", '[{"prompt": "a"}, {"prompt": null}]', "row 2 has no text"),
+        ("a.jsonl", '{"prompt": 7}', "row 1 has no text"),
+        ("a.jsonl", '{"turns": "abc"}', "row 1 has no text"),
+        ("a.jsonl", '{"turns": ["a", " "], "question_id": 1}', "row 1 has no text"),
+        ("a.jsonl", '{"turns": ["a", "b"]}', "row 1 has 2 turns and no question_id"),
+        ("a.jsonl", "", "holds no rows"),
+        ("gone.jsonl", None, "not found"),
+        ("gone.json", None, "not found"),
+    ],
+)
+def test_a_prompt_file_that_cannot_be_used_is_named(tmp_path, name, text, message):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(BadInput, match=re.escape(str(tmp_path / name)) + ".*" + message):
+        read_questions(tmp_path / name)
+
+
+def test_files_of_answers_have_the_shapes_their_readers_want():
+    done = [{"turns": ["Why?"], "responses": ["So é"], "truncated": [False], "dataset": "koala"},
+            {"turns": ["Who?"], "responses": ["I"], "truncated": [True]}]  # fmt: skip
+    assert json.loads(as_file(done, "M3", "own", ".json")) == [
+        {"instruction": "Why?", "output": "So é", "generator": "M3", "dataset": "koala"},
+        {"instruction": "Who?", "output": "I", "generator": "M3", "dataset": "own"},
+    ]
+    lines = as_file(done, "M3", "own", ".jsonl").splitlines()
+    assert [json.loads(x) for x in lines] == [{"prompt": "Why?", "response": "So é", "truncated": False},
+                                              {"prompt": "Who?", "response": "I", "truncated": True}]  # fmt: skip
+    mt = [q | {"responses": ["a"] * len(q["turns"]), "truncated": [False] * len(q["turns"])} for q in QUESTIONS]
+    rows = [json.loads(x) for x in as_file(mt, "M3", "own", ".jsonl").splitlines()]
+    assert [set(r) for r in rows] == [{"question_id", "answer_id", "model_id", "choices", "tstamp"}] * 3
+    assert [r["question_id"] for r in rows] == [81, 111, 141] and len({r["answer_id"] for r in rows}) == 3
+    assert rows[0]["model_id"] == "M3" and rows[0]["choices"] == [{"index": 0, "turns": ["a", "a"]}]
+
+
+def test_the_command_answers_a_file_for_alpaca_eval(shared, tmp_path):
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "Once upon a time"}\n{"prompt": "There was"}\n')
+    folder, out = shared / "stories260K" / "hf", tmp_path / "alpaca_eval.json"
+    made = command(folder, "--prompts", tmp_path / "asked.jsonl", "--out", out, "--max-new", "9", "--name", "tiny")
+    assert made.returncode == 0, made.stderr
+    rows = json.loads(out.read_text())
+    assert [(r["instruction"], r["generator"], r["dataset"]) for r in rows] == [
+        ("Once upon a time", "tiny", "asked"), ("There was", "tiny", "asked")]  # fmt: skip
+    assert all(r["output"] for r in rows)
+
+
+REFUSED = [
+    ["--prompts", "x.jsonl"],
+    ["--out", "x.json"],
+    ["Hi", "--prompts", "x", "--out", "x.json"],
+    ["--prompts", "x.jsonl", "--out", "x.csv"],
+]
+
+
+@pytest.mark.parametrize("args", REFUSED)
+def test_flags_that_do_not_go_together_are_refused(monkeypatch, args):
+    monkeypatch.setattr(sys, "argv", ["sample.py", "folder", *args])
+    with pytest.raises(SystemExit) as e:
+        sample.main()
+    assert e.value.code == 2
+
+
+def test_questions_of_two_turns_do_not_become_an_alpaca_eval_file(monkeypatch, tmp_path):
+    (tmp_path / "q.jsonl").write_text(json.dumps(QUESTIONS[0]) + "\n")
+    monkeypatch.setattr(sys, "argv", ["sample.py", "f", "--prompts", str(tmp_path / "q.jsonl"), "--out", "x.json"])
+    with pytest.raises(BadInput, match="several turns"):
+        sample.main()

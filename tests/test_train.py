@@ -25,8 +25,8 @@ from tiny import ROOT, start, write_rows
 import judge
 import sample
 import train
-from judge import read_rows
 from model import BadInput, load
+from sample import read_rows
 
 SHARED = ROOT.parent / "shared" / "data"
 CHECKPOINT = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"}
