@@ -25,9 +25,26 @@ def test_every_make_target_it_names_exists_and_has_help():
 
 
 def test_every_flag_it_names_exists():
-    known = {"--" + f.name.replace("_", "-") for f in fields(train.Config)} | {"--valid", "--nproc-per-node", "--help"}
+    sources = "".join((ROOT / f).read_text() for f in ("sample.py", "judge.py", "data/oasst/prepare.py"))
+    known = {"--" + f.name.replace("_", "-") for f in fields(train.Config)} | {"--nproc-per-node", "--help"}
+    known |= set(re.findall(r'add_argument\("(--[a-z-]+)"', sources))
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     assert named and named <= known, named - known
+
+
+def test_what_the_paper_says_is_where_the_table_says_it_is():
+    rows = re.findall(r"^\| .* \| (.*) \| (`.*`) \|$", README.split("## From the paper to the code")[1], re.MULTILINE)
+    places = [place for code, _ in rows for place in re.findall(r"`([\w/]+\.py):(\w+)`", code)]
+    assert len(places) >= 12
+    for file, name in places:
+        assert re.search(rf"^(def|class) {name}\b", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), (
+            file,
+            name,
+        )
+    tests = {f.name: f.read_text(encoding="utf-8") for f in (ROOT / "tests").glob("test_*.py")}
+    for _, name in rows:
+        name = name.strip("`")
+        assert name in tests or any(f"def {name}(" in text for text in tests.values()), name
 
 
 @pytest.mark.parametrize(
