@@ -3,26 +3,41 @@
 Paper section 2.2: the model that wrote the responses also grades them. Its judgement argues first and ends in
 `Score: n`; three judgements are averaged; the best response of a prompt against the worst one is a preference.
 
-    python judge.py runs/zoo          the report of a run, also written to runs/zoo/report.json
+    python judge.py runs/zoo                                                    the report of a run (report.json)
+    python judge.py runs/zoo/M3 runs/zoo/M1 --judge-url URL --judge-model NAME  two sets of answers, by an outsider
 
-The report's head-to-head needs somebody outside the loop: in a toy world `oracle.py` of the data folder, which
-knows the true quality. Training never reads it.
+A head-to-head needs somebody outside the loop: a model that sees both answers, in both orders (section 5.1), or in a
+toy world `oracle.py` of the data folder, which knows the true quality. Training reads neither.
 
-Left out: outside judges over the network, judging in both orders (a score looks at one response at a time).
+Left out: win rates corrected for length, several judges at once, APIs other than OpenAI's chat completions.
 """
 
 import argparse
+import hashlib
+import http.client
 import importlib.util
+import json
 import math
+import os
+import random
 import re
 import sys
+import threading
+import time
+import urllib.error
+import urllib.request
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
-from model import BadInput, Llama, Tokenizer, read_json, write_json
-from sample import generate, read_rows
+from model import BadInput, Llama, Tokenizer, load, read_json, write_json
+from sample import generate, read_questions, read_rows
 
 # ---- the judge's prompt and its verdict --------------------------------------------------------------------
 
@@ -33,10 +48,13 @@ def check_template(template: str, path) -> str:
     return template
 
 
+def fill(template: str, **texts: str) -> str:
+    """Fill the places {name} in one pass, so that braces and placeholders in the texts themselves survive."""
+    return re.sub(rf"\{{({'|'.join(texts)})\}}", lambda m: texts[m[1]], template)
+
+
 def judge_prompt(template: str, prompt: str, response: str) -> str:
-    """Fill the template in one pass, so that braces and placeholders in the texts themselves survive."""
-    texts = {"prompt": prompt, "response": response}
-    return re.sub(r"\{(prompt|response)\}", lambda m: texts[m[1]], template)
+    return fill(template, prompt=prompt, response=response)
 
 
 MARKER = re.compile(r"score[\s*_]*:[\s*_<\[(`$]*", re.IGNORECASE)
@@ -213,6 +231,231 @@ def head_to_head(a: list[float], b: list[float], resamples: int = 10000) -> dict
     return {"win": win, "tie": tie, "lose": lose, "low": float(low), "high": float(high), "counts": counts.tolist()}
 
 
+# ---- outside judges: which of two answers is better (section 5.1) ------------------------------------------
+
+COMPARE = """\
+Two assistants have answered the same user. Which response helps this user more? What counts is that it does what was \
+asked, that it is right and complete, and that it is clear. Which one is shown first does not count, nor does length.
+
+<user>
+{prompt}
+</user>
+
+<response 1>
+{first}
+</response 1>
+
+<response 2>
+{second}
+</response 2>
+
+Give your reason in at most 60 words. Then end with one last line, which is "Verdict: 1" if response 1 is better, \
+"Verdict: 2" if response 2 is better, or "Verdict: tie" if neither is.
+"""
+VERDICT = re.compile(r"verdict[\s*_]*:[\s*_<\[(`$\"]*", re.IGNORECASE)
+GAP = r"[^\w\n.]*"
+SIDE = re.compile(rf"(1|2|tie)(?![.,]?\d|[^\W_]|{GAP}(?:(?:or|and|vs\.?){GAP})?(?:1|2|tie)\b)", re.IGNORECASE)
+
+
+def parse_verdict(text: str) -> int | None:
+    """1 where the first response is better, -1 where the second is, 0 for a tie, None where it cannot be read.
+
+    Give it generated text only. The last `Verdict:` decides: "Verdict: 1 ... **Verdict:** 2" is -1, "Verdict: 1 or 2"
+    and "Verdict: 3" are None.
+    """
+    *before, after = VERDICT.split(text)
+    found = SIDE.match(after) if before else None
+    return {"1": 1, "2": -1, "tie": 0}[found[1].lower()] if found else None
+
+
+def read_answers(path: Path) -> dict[tuple, str]:
+    """(prompt, how often it came before) -> response: of a model's folder, of alpaca_eval.json, or of JSON lines."""
+    path = path / "test.jsonl" if path.is_dir() else path
+    answers, seen = {}, Counter()
+    for number, row in enumerate(read_questions(path), 1):
+        prompt, response = row["turns"][0], row.get("output", row.get("response"))
+        if not isinstance(response, str) or len(row["turns"]) > 1:
+            raise BadInput(f"{path}: row {number} has no text as response or output, or several turns; mend it")
+        answers[prompt, seen[prompt]] = response
+        seen[prompt] += 1
+    return answers
+
+
+def compare(a: dict[tuple, str], b: dict[tuple, str], ask: Callable[[list[str]], dict[str, str]]) -> list[dict]:
+    """Rows {"prompt", "a", "b", "outcome", "a_first", "b_first"}: both orders are asked, ask(questions) -> answers.
+
+    outcome is 1 where both verdicts are for a, -1 where both are for b, 0 where they differ or tie, and None
+    where one of them cannot be read.
+    """
+    both = {at: [fill(COMPARE, prompt=at[0], first=x, second=y) for x, y in ((a[at], b[at]), (b[at], a[at]))]
+            for at in a if at in b}  # fmt: skip
+    said, rows = ask([question for orders in both.values() for question in orders]), []
+    for at, orders in both.items():
+        texts = [said[question] for question in orders]
+        first, second = map(parse_verdict, texts)  # in the second, b stands first
+        outcome = None if None in (first, second) else first if first == -second else 0
+        row = {"prompt": at[0], "a": a[at], "b": b[at], "outcome": outcome}
+        rows.append(row | {"a_first": texts[0], "b_first": texts[1]})
+    return rows
+
+
+def by_oracle(a: dict[tuple, str], b: dict[tuple, str], oracle) -> list[dict]:
+    """The same rows by the true grades: no orders, no texts."""
+    rows = []
+    for at in [at for at in a if at in b]:
+        x, y = (true_grade(oracle, at[0], side[at]) for side in (a, b))
+        outcome = None if None in (x, y) else int(np.sign(x - y))
+        rows.append({"prompt": at[0], "a": a[at], "b": b[at], "outcome": outcome, "a_grade": x, "b_grade": y})
+    return rows
+
+
+def read_cache(path: Path) -> dict[str, str]:
+    """key -> answer. A line that a killed process left half-written counts as not asked."""
+    known, start = {}, '{"key": "'
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            known[row["key"]] = row["text"]
+        except (ValueError, LookupError, TypeError):
+            if not line.startswith(start[: len(line)]):
+                raise BadInput(f"{path}:{number}: no answer of a judge; give another --cache") from None
+    return known
+
+
+def through_cache(questions: list[str], judge: list, cache: Path, ask: Callable[[list[str], Callable], None]) -> dict:
+    """Question -> answer, asking only what the cache file lacks; `judge` is all that an answer depends on besides.
+
+    ask(questions, keep) calls keep(question, text), from any thread, as soon as there is an answer: then it is on
+    disk. What it leaves out has an empty answer.
+    """
+    lock, keys = threading.Lock(), {q: hashlib.sha256(json.dumps([judge, q]).encode()).hexdigest() for q in questions}
+    try:
+        known = read_cache(cache)
+        todo = [q for q, key in keys.items() if key not in known]
+        print(f"{len(todo)} of {len(keys)} questions to ask; answers are kept in {cache}", flush=True)
+        with cache.open("ab") as f, tqdm(total=len(todo), unit=" answers", disable=None) as bar:
+
+            def keep(question: str, text: str):
+                row = {"key": keys[question], "text": text}
+                with lock:
+                    f.write(b"\n" + json.dumps(row).encode())  # the line's end comes first: it ends a half-written one
+                    f.flush()
+                    known[keys[question]] = text
+                    bar.update()
+
+            if todo:
+                ask(todo, keep)
+    except (KeyboardInterrupt, OSError) as e:
+        raise BadInput(f"{str(e) or 'interrupted'}; answers so far are in {cache}, the same command goes on") from None
+    return {q: known.get(key, "") for q, key in keys.items()}
+
+
+def fetch(request: urllib.request.Request, timeout: float) -> tuple[int, str, bytes]:
+    """Status, Retry-After and body of an answer; urllib's time-out is for one read, this one for all of them."""
+    end, body = time.monotonic() + timeout, b""
+    try:
+        answer = urllib.request.urlopen(request, timeout=timeout)
+    except urllib.error.HTTPError as e:
+        answer = e  # an answer too
+    with answer:
+        while part := answer.read1(1 << 16):
+            body += part
+            if time.monotonic() > end:
+                raise TimeoutError(f"no whole answer in {timeout:g} s")
+    return answer.status, answer.headers.get("Retry-After", ""), body
+
+
+def complete(url: str, key: str, body: dict, stop: threading.Event, *, timeout: float, tries: int, pause: float) -> str:
+    """The text that an OpenAI-compatible endpoint answers; one without text (a refusal) is empty.
+
+    What may pass is tried again, each time after twice the pause or when the server says: no connection, time-outs,
+    408, 429, 5xx, an answer that is no chat completion. Raises BadInput for the rest, and after the last try.
+    """
+    request = urllib.request.Request(url + "/chat/completions", json.dumps(body).encode(),
+                                     {"Content-Type": "application/json", "User-Agent": "judge.py"})  # fmt: skip
+    if key:
+        request.add_unredirected_header("Authorization", f"Bearer {key}")  # for this host, not where it may send us
+    for attempt in range(tries):
+        wait, status, problem, answer = pause * 2**attempt * random.uniform(0.5, 1), 200, "no chat completion", b""
+        try:
+            status, after, answer = fetch(request, timeout)
+            if status == 200:
+                text = json.loads(answer)["choices"][0]["message"]["content"]
+                if text is None or isinstance(text, str):
+                    return text or ""
+            else:
+                problem = f"HTTP {status}"
+                wait += min(int(after), 60) if after.isdecimal() else 0
+        except (OSError, http.client.HTTPException) as e:
+            problem = str(e) or type(e).__name__
+        except (ValueError, LookupError, TypeError):
+            pass
+        said = " ".join(f"{problem}: {answer.decode('utf-8', 'replace')}".split()).strip(":")
+        problem = f"{request.full_url}: {said.replace(key, '(key)' if key else '')[:300]}"
+        if status not in (200, 408, 429) and status < 500:
+            raise BadInput(f"{problem}; check --judge-url, --judge-model and JUDGE_API_KEY")
+        if attempt + 1 == tries or stop.wait(wait):
+            break
+    raise BadInput(f"{problem}; given up after {attempt + 1} tries: answers are kept, the same command goes on")
+
+
+def ask_endpoint(
+    questions: list[str], keep: Callable, *, url: str, params: dict, timeout: float, parallel: int, tries=6, pause=1.0
+):
+    """Ask an HTTP endpoint, `parallel` requests at a time; keep(question, text) for each answer."""
+    key = (os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise BadInput("JUDGE_API_KEY or OPENAI_API_KEY: holds characters that no key has; set it again")
+    stop = threading.Event()
+
+    def work(question: str):
+        body = params | {"messages": [{"role": "user", "content": question}]}
+        keep(question, complete(url, key, body, stop, timeout=timeout, tries=tries, pause=pause))
+
+    with ThreadPoolExecutor(parallel) as pool:
+        try:
+            for future in as_completed([pool.submit(work, question) for question in questions]):
+                future.result()
+        finally:  # after an error or Ctrl-C nothing new is asked; what is being answered is waited for and kept
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def ask_checkpoint(questions: list[str], keep: Callable, *, folder: Path, max_new: int, batch: int = 32):
+    """Ask a local checkpoint, greedily; what leaves no room for an answer in its context is not asked, and said."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tok = load(folder, torch.bfloat16 if device == "cuda" else torch.float32, device)
+    asked = [(q, tok.chat(q)) for q in sorted(questions, key=len)]
+    fit = [(q, ids) for q, ids in asked if len(ids) + max_new <= model.cfg.max_len]
+    if len(fit) < len(asked):
+        print(f"{len(asked) - len(fit)} questions leave no room for {max_new} tokens in the judge's context of "
+              f"{model.cfg.max_len}: they have no verdict")  # fmt: skip
+    for at in range(0, len(fit), batch):
+        texts, prompts = zip(*fit[at : at + batch], strict=True)
+        drawn = generate(model.eval(), prompts, [()] * len(prompts), stop=[tok.eos], max_new=max_new, temperature=0)
+        for question, (ids,) in zip(texts, drawn, strict=True):
+            keep(question, tok.decode([i for i in ids if i != tok.eos]))
+
+
+def duel(a: dict[tuple, str], b: dict[tuple, str], rows: list[dict]) -> dict:
+    """head_to_head of the rows with a verdict (win is a's), and what else is to be known of them."""
+    outcomes = [r["outcome"] for r in rows if r["outcome"] is not None]
+    if not outcomes:
+        raise BadInput(f"none of {len(rows)} prompts has a verdict that can be read, in both orders: take another "
+                       "judge or another --max-tokens")  # fmt: skip
+    verdicts = [parse_verdict(r[order]) for r in rows for order in ("a_first", "b_first") if order in r]
+    sides = [v for v in verdicts if v]
+    return head_to_head(outcomes, [0] * len(outcomes)) | {
+        "prompts": len(rows),
+        "unmatched": len(a) + len(b) - 2 * len(rows),
+        "no_verdict": len(rows) - len(outcomes),
+        "sides": len(sides),
+        "first_share": mean(float(v == 1) for v in sides),
+        "characters": [mean(len(r[side]) for r in rows) for side in "ab"],
+    }
+
+
 # ---- the report of a run -----------------------------------------------------------------------------------
 
 
@@ -235,9 +478,13 @@ def models_of(run: Path) -> list[str]:
 
 def load_oracle(path: Path):
     """The toy world's oracle.py: grade(prompt, response) -> 0..5, and, if it likes, criteria(...) -> {name: 0 or 1}."""
+    if not path.is_file() or path.suffix != ".py":
+        raise BadInput(f"{path}: no such Python file; an oracle is like data/zoo/oracle.py")
     spec = importlib.util.spec_from_file_location("oracle", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if not hasattr(module, "grade"):
+        raise BadInput(f"{path}: has no grade(prompt, response); an oracle is like data/zoo/oracle.py")
     return module
 
 
@@ -344,16 +591,19 @@ def percent(x: float | None) -> str | None:
     return None if x is None else f"{100 * x:.1f}"
 
 
+def duels(title: str, found: dict[str, dict]) -> str:
+    return table(
+        f"{title} (percent; interval: 95 % of win - lose)", ["", "win", "tie", "lose", "win - lose", "interval"],
+        [(k, f"{h['win']:.1f}", f"{h['tie']:.1f}", f"{h['lose']:.1f}", f"{h['win'] - h['lose']:+.1f}",
+          f"[{h['low']:+.1f}, {h['high']:+.1f}]") for k, h in found.items()],
+    )  # fmt: skip
+
+
 def show(r: dict) -> str:
     """The report as text: the paper's Figure 3 and Table 4 in miniature."""
     parts = []
     if r["head_to_head"]:
-        parts.append(table(
-            "Head to head on the test prompts, by the true reward (percent; interval: 95 % of win - lose)",
-            ["", "win", "tie", "lose", "win - lose", "interval"],
-            [(k, f"{h['win']:.1f}", f"{h['tie']:.1f}", f"{h['lose']:.1f}", f"{h['win'] - h['lose']:+.1f}",
-              f"[{h['low']:+.1f}, {h['high']:+.1f}]") for k, h in r["head_to_head"].items()],
-        ))  # fmt: skip
+        parts.append(duels("Head to head on the test prompts, by the true reward", r["head_to_head"]))
         graded = {k: m for k, m in r["models"].items() if "true_mean" in m}
         names = list(next(iter(graded.values())).get("criteria", {}))
         parts.append(table(
@@ -391,16 +641,87 @@ def show(r: dict) -> str:
     return "\n\n".join(parts)
 
 
-def main():
-    parser = argparse.ArgumentParser(description="The report of a run.")
-    parser.add_argument("run", type=Path, help="run folder, such as runs/zoo")
-    run = parser.parse_args().run
+def report_run(run: Path):
     path = Path(read_json(run / "config.json")["data"]) / "oracle.py"
     r = report(run, load_oracle(path) if path.exists() else None)
     print(show(r))
     if not path.exists():
         print(f"\nNo {path}: nobody outside the loop grades the answers, so there is no head-to-head.")
     write_json(run / "report.json", r)
+
+
+def compare_answers(
+    a: Path, b: Path, *, judge_url="", judge_model="", judge_checkpoint: Path | None = None, oracle: Path | None = None,
+    max_tokens=512, cache: Path | None = None, timeout=60.0, parallel=8, out: Path | None = None,
+):  # fmt: skip
+    """Two sets of answers, head to head: by an endpoint, a checkpoint or an oracle."""
+    x, y = read_answers(a), read_answers(b)
+    if not x.keys() & y.keys():
+        raise BadInput(f"{a} and {b} answer no prompt in common; prompts are matched by their text")
+    if oracle:
+        rows = by_oracle(x, y, load_oracle(oracle))
+    else:
+        if judge_url:
+            params = {"model": judge_model, "temperature": 0, "max_tokens": max_tokens}
+            judge = [judge_url, params]
+            ask = partial(ask_endpoint, url=judge_url, params=params, timeout=timeout, parallel=parallel)
+        else:
+            files = sorted(f for f in judge_checkpoint.glob("*") if f.suffix in (".safetensors", ".pth"))
+            judge = [str(judge_checkpoint.resolve()), max_tokens, *(f.stat().st_mtime_ns for f in files)]
+            ask = partial(ask_checkpoint, folder=judge_checkpoint, max_new=max_tokens)
+        cache = cache or a.parent / "judge_cache.jsonl"
+        rows = compare(x, y, lambda questions: through_cache(questions, judge, cache, ask))
+    if out:
+        write_json(out, rows)
+    h = duel(x, y, rows)
+    print(duels(f"Head to head by {judge_model or judge_checkpoint or oracle}", {f"{a} vs {b}": h}))
+    print(f"Of {h['prompts']} prompts in common {h['no_verdict']} have no verdict and are not in the table; "
+          f"{h['unmatched']} more are in one set only.\n"
+          f"Mean length: {h['characters'][0]:.0f} and {h['characters'][1]:.0f} characters.")  # fmt: skip
+    if h["sides"]:
+        print(f"Of {h['sides']} verdicts for one response {percent(h['first_share'])} % are for the one shown first "
+              "(50 without a bias).")  # fmt: skip
+
+
+def parse_args() -> dict:
+    parser = argparse.ArgumentParser(
+        description="The report of a run; or two sets of answers, head to head.", argument_default=argparse.SUPPRESS
+    )
+    flag = parser.add_argument
+    flag("paths", type=Path, nargs="+", metavar="PATH", help="a run, such as runs/zoo; or two sets of answers: model "
+         "folders (runs/zoo/M3), files like alpaca_eval.json, JSON lines of prompt and response")  # fmt: skip
+    flag("--judge-url", metavar="URL", help="an OpenAI-compatible endpoint compares: https://host/v1; its key is taken "
+         "from JUDGE_API_KEY or OPENAI_API_KEY")  # fmt: skip
+    flag("--judge-model", metavar="NAME", help="the model to ask there")
+    flag("--judge-checkpoint", type=Path, metavar="FOLDER", help="a local checkpoint compares")
+    flag("--oracle", type=Path, metavar="FILE", help="a toy world's oracle.py compares")
+    flag("--max-tokens", type=int, help="most tokens of a judge's answer (512)")
+    flag("--cache", type=Path, metavar="FILE", help="where its answers are kept (judge_cache.jsonl beside A)")
+    flag("--timeout", type=float, help="seconds an endpoint has for an answer (60)")
+    flag("--parallel", type=int, help="requests at a time (8)")
+    flag("--out", type=Path, metavar="FILE", help="write the outcome of every prompt there, as JSON")
+    given = vars(parser.parse_args())
+    judges = [k for k in ("judge_url", "judge_checkpoint", "oracle") if k in given]
+    for ok, what in (
+        (len(given["paths"]) < 3, "give one run for its report, or two sets of answers to compare"),
+        (len(given["paths"]) == 2 or len(given) == 1, "flags are for two sets of answers: python judge.py A B --..."),
+        (len(given["paths"]) == 1 or len(judges) == 1,
+         "two sets of answers need one judge: --judge-url, --judge-checkpoint or --oracle"),
+        (("judge_url" in given) == ("judge_model" in given), "--judge-url and --judge-model belong together"),
+        (re.fullmatch(r"https?://[!-~]+", given.get("judge_url", "http://-")), "--judge-url is like https://host/v1"),
+        (min(given.get("max_tokens", 1), given.get("parallel", 1)) >= 1, "--max-tokens and --parallel are at least 1"),
+        (0 < given.get("timeout", 1) < 1e6, "--timeout is a positive number of seconds"),
+        (given.get("out", Path()).parent.is_dir(), "--out is a file in a folder that is there"),
+    ):  # fmt: skip
+        if not ok:
+            raise BadInput(what)
+    return given
+
+
+def main():
+    given = parse_args()
+    paths = given.pop("paths")
+    report_run(*paths) if len(paths) == 1 else compare_answers(*paths, **given)
 
 
 if __name__ == "__main__":
