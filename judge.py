@@ -392,7 +392,8 @@ def complete(url: str, key: str, body: dict, stop: threading.Event, *, timeout: 
         except (ValueError, LookupError, TypeError):
             pass
         said = " ".join(f"{problem}: {answer.decode('utf-8', 'replace')}".split()).strip(":")
-        problem = f"{request.full_url}: {said.replace(key, '(key)' if key else '')[:300]}"
+        said = said.replace(key, "(key)") if key else said
+        problem = f"{request.full_url}: {said[:300]}"
         if status not in (200, 408, 429) and status < 500:
             raise BadInput(f"{problem}; check --judge-url, --judge-model and JUDGE_API_KEY")
         if attempt + 1 == tries or stop.wait(wait):
@@ -411,7 +412,13 @@ def ask_endpoint(
 
     def work(question: str):
         body = params | {"messages": [{"role": "user", "content": question}]}
-        keep(question, complete(url, key, body, stop, timeout=timeout, tries=tries, pause=pause))
+        try:
+            if not stop.is_set():
+                keep(question, complete(url, key, body, stop, timeout=timeout, tries=tries, pause=pause))
+        except Exception:
+            if not stop.is_set():  # else the first failure is the one to tell of
+                stop.set()
+                raise
 
     with ThreadPoolExecutor(parallel) as pool:
         try:
@@ -419,7 +426,6 @@ def ask_endpoint(
                 future.result()
         finally:  # after an error or Ctrl-C nothing new is asked; what is being answered is waited for and kept
             stop.set()
-            pool.shutdown(cancel_futures=True)
 
 
 def ask_checkpoint(questions: list[str], keep: Callable, *, folder: Path, max_new: int, batch: int = 32):
@@ -663,8 +669,9 @@ def compare_answers(
     else:
         if judge_url:
             params = {"model": judge_model, "temperature": 0, "max_tokens": max_tokens}
-            judge = [judge_url, params]
-            ask = partial(ask_endpoint, url=judge_url, params=params, timeout=timeout, parallel=parallel)
+            url = judge_url.rstrip("/")
+            judge = [url, params]
+            ask = partial(ask_endpoint, url=url, params=params, timeout=timeout, parallel=parallel)
         else:
             files = sorted(f for f in judge_checkpoint.glob("*") if f.suffix in (".safetensors", ".pth"))
             judge = [str(judge_checkpoint.resolve()), max_tokens, *(f.stat().st_mtime_ns for f in files)]
