@@ -374,13 +374,14 @@ def hang(seconds):
 
 
 def trickle(handler):
-    """A byte now and then: no single read times out."""
+    """A byte now and then: no single read times out, and in the end all would be well."""
     handler.send_response(200)
     handler.end_headers()
-    for _ in range(40):
+    for _ in range(12):
         handler.wfile.write(b" ")
         handler.wfile.flush()
         time.sleep(0.05)
+    handler.wfile.write(completion("Verdict: too late"))
 
 
 def cut_short(handler):
@@ -486,6 +487,14 @@ def test_after_one_failure_nothing_new_is_asked_and_what_was_answered_is_kept():
             ask_endpoint(questions, kept.__setitem__, url=e.url, params={}, timeout=5, parallel=2)
     assert sorted(kept.values()) == ["Verdict: 1", "Verdict: 2"], "the one in flight is waited for"
     assert len(e.asked) == 3
+
+
+def test_a_request_that_waits_for_its_next_try_does_not_hold_up_the_end():
+    busy, refused = (503, {"Retry-After": "60"}, b""), (403, {}, b"who are you")
+    questions, began = [fill(COMPARE, prompt="p", first=str(i), second="") for i in range(9)], time.monotonic()
+    with Endpoint(faults=[busy, busy, refused]) as e, pytest.raises(BadInput, match="403: who are you"):
+        ask_endpoint(questions, {}.__setitem__, url=e.url, params={}, timeout=5, parallel=3)
+    assert len(e.asked) == 3 and time.monotonic() - began < 20
 
 
 def test_requests_are_made_side_by_side_but_no_more_than_asked_for():
@@ -666,6 +675,9 @@ def test_a_checkpoint_is_asked_greedily_in_its_chat_format_and_what_is_too_long_
     os.utime(checkpoint / "model.safetensors", (1, 1))
     run(monkeypatch, *sets, *flags)
     assert len(calls) == 20, "other weights, another judge"
+    monkeypatch.setattr(judge, "generate", None)
+    with pytest.raises(TypeError):
+        run(monkeypatch, *sets, "--judge-checkpoint", checkpoint, "--max-tokens", 65)
 
 
 def test_a_real_checkpoint_answers_as_when_asked_alone_and_is_not_even_loaded_again(
