@@ -448,8 +448,8 @@ def duel(a: dict[tuple, str], b: dict[tuple, str], rows: list[dict]) -> dict:
     """head_to_head of the rows with a verdict (win is a's), and what else is to be known of them."""
     outcomes = [r["outcome"] for r in rows if r["outcome"] is not None]
     if not outcomes:
-        raise BadInput(f"none of {len(rows)} prompts has a verdict that can be read, in both orders: take another "
-                       "judge or another --max-tokens")  # fmt: skip
+        raise BadInput(f"none of {len(rows)} prompts has a verdict that can be read (in both orders; --out FILE shows "
+                       "what was said): take another judge or another --max-tokens")  # fmt: skip
     verdicts = [parse_verdict(r[order]) for r in rows for order in ("a_first", "b_first") if order in r]
     sides = [v for v in verdicts if v]
     return head_to_head(outcomes, [0] * len(outcomes)) | {
@@ -708,10 +708,13 @@ def parse_args() -> dict:
     flag("--parallel", type=int, help="requests at a time (8)")
     flag("--out", type=Path, metavar="FILE", help="write the outcome of every prompt there, as JSON")
     given = vars(parser.parse_args())
+    flags = " ".join("--" + k.replace("_", "-") for k in given if k != "paths")
     judges = [k for k in ("judge_url", "judge_checkpoint", "oracle") if k in given]
     for ok, what in (
         (len(given["paths"]) < 3, "give one run for its report, or two sets of answers to compare"),
-        (len(given["paths"]) == 2 or len(given) == 1, "flags are for two sets of answers: python judge.py A B --..."),
+        (len(given["paths"]) == 2 or not flags, f"{flags}: for two sets of answers, as in python judge.py A B {flags}"),
+        (len(given["paths"]) == 2 or not given["paths"][0].is_file(),
+         f"{given['paths'][0]}: a file; give a run folder for its report, or two sets of answers to compare"),
         (len(given["paths"]) == 1 or len(judges) == 1,
          "two sets of answers need one judge: --judge-url, --judge-checkpoint or --oracle"),
         (("judge_url" in given) == ("judge_model" in given), "--judge-url and --judge-model belong together"),
