@@ -3,7 +3,8 @@
 Paper section 2.2: the model that wrote the responses also grades them. Its judgement argues first and ends in
 `Score: n`; three judgements are averaged; the best response of a prompt against the worst one is a preference.
 
-    python judge.py runs/zoo                                                    the report of a run (report.json)
+    python judge.py runs/zoo                   the report of a run: report.json, report.md, report.html
+    python judge.py runs/zoo --show M2:17      the life of one prompt, from its writer to DPO's margin
     python judge.py runs/zoo/M3 runs/zoo/M1 --judge-url URL --judge-model NAME  two sets of answers, by an outsider
 
 A head-to-head needs somebody outside the loop: a model that sees both answers, in both orders (section 5.1), or in a
@@ -22,6 +23,7 @@ import os
 import random
 import re
 import sys
+import textwrap
 import threading
 import time
 import urllib.error
@@ -29,6 +31,7 @@ import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +40,7 @@ import torch
 from tqdm import tqdm
 
 from model import BadInput, Llama, Tokenizer, load, read_json, write_json
-from sample import generate, read_questions, read_rows
+from sample import generate, read_questions, read_rows, rouge_l
 
 # ---- the judge's prompt and its verdict --------------------------------------------------------------------
 
@@ -107,10 +110,13 @@ def mean_scores(judgements: list[dict]) -> dict[tuple, float]:
     return {at: math.fsum(v) / len(v) for at, v in votes.items()}
 
 
-def prefer(prompts: list[dict], candidates: list[dict], scores: dict[tuple, float]) -> tuple[list[dict], Counter]:
+def prefer(
+    prompts: list[dict], candidates: list[dict], scores: dict[tuple, float], length_guard: float = 0.0
+) -> tuple[list[dict], Counter]:
     """Best mean score against worst, one pair a prompt (section 2.3); also a count of what became of the prompts.
 
-    Ties are dropped, identical texts are dropped; among several best or worst the first by index is taken.
+    Ties are dropped, identical texts are dropped; among several best or worst the first by index is taken. A length
+    guard of g takes the shortest of those within g * (best - worst) of the best (Meta-Rewarding, Wu et al. 2024).
     """
     by_id = defaultdict(list)
     for c in candidates:
@@ -124,6 +130,9 @@ def prefer(prompts: list[dict], candidates: list[dict], scores: dict[tuple, floa
             tally["fewer than two scored responses"] += 1
             continue
         best, worst = (ranked[points.index(f(points))] for f in (max, min))
+        if length_guard:
+            band = max(points) - length_guard * (max(points) - min(points))
+            best = min((c for c, s in zip(ranked, points, strict=True) if s >= band), key=lambda c: len(c["tokens"]))
         if max(points) == min(points):
             tally["tie"] += 1
         elif best["response"] == worst["response"] or best["tokens"] == worst["tokens"]:
@@ -136,7 +145,7 @@ def prefer(prompts: list[dict], candidates: list[dict], scores: dict[tuple, floa
                     "prompt": p["prompt"],
                     "chosen": best["response"],
                     "rejected": worst["response"],
-                    "chosen_score": max(points),
+                    "chosen_score": scores[best["id"], best["k"]],
                     "rejected_score": min(points),
                     "chosen_tokens": best["tokens"],
                     "rejected_tokens": worst["tokens"],
@@ -482,13 +491,19 @@ def models_of(run: Path) -> list[str]:
     return [name for name in order if (run / name / "config.json").exists()]
 
 
+def load_module(path: Path):
+    """Run a Python file by its path."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def load_oracle(path: Path):
     """The toy world's oracle.py: grade(prompt, response) -> 0..5, and, if it likes, criteria(...) -> {name: 0 or 1}."""
     if not path.is_file() or path.suffix != ".py":
         raise BadInput(f"{path}: no such Python file; an oracle is like data/zoo/oracle.py")
-    spec = importlib.util.spec_from_file_location("oracle", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_module(path)
     if not hasattr(module, "grade"):
         raise BadInput(f"{path}: has no grade(prompt, response); an oracle is like data/zoo/oracle.py")
     return module
@@ -513,10 +528,38 @@ def parse_rate(judgements: list[dict]) -> float | None:
     return mean(float(j["score"] is not None) for j in judgements)
 
 
+def read_metrics(run: Path) -> dict[str, list[dict]]:
+    """What training logged, by model: a row for each update."""
+    curves = defaultdict(list)
+    for row in read_rows(run / "metrics.jsonl", empty=True) if (run / "metrics.jsonl").exists() else []:
+        curves[row["model"]].append(row)
+    return dict(curves)
+
+
+def repeats(candidates: list[dict]) -> float | None:
+    """The share of the candidates that nearly copy (ROUGE-L over 0.9) an earlier one to the same prompt."""
+    earlier, found = defaultdict(list), []
+    for c in candidates:
+        text, others = c["response"].split(), earlier[c["id"]]
+        if others:
+            found.append(float(any(text == old or rouge_l(text, old) > 0.9 for old in others)))
+        others.append(text)
+    return mean(found)
+
+
+def chosen_fall(curve: list[dict], beta: float) -> float | None:
+    """The share of its log-prob that the chosen response has lost against the reference by the last fifth of DPO."""
+    tail = [row for row in curve if "reward_chosen" in row][-max(1, len(curve) // 5) :]
+    change = sum(row["reward_chosen"] for row in tail) / beta
+    reference = sum(row["logp_chosen"] for row in tail) - change
+    return change / reference if reference else None
+
+
 def round_health(folder: Path, oracle=None) -> dict:
     """What one self-rewarding round was made of: votes, scores, pairs, lengths; with an oracle, their true worth."""
     candidates, judgements = (read_rows(folder / f"{name}.jsonl") for name in ("candidates", "judgements"))
     prompts = {p["id"]: p["prompt"] for p in read_rows(folder / "prompts.jsonl")}
+    texts, curve = list(prompts.values()), read_metrics(folder.parent).get(folder.name, [])
     pairs, scores = read_rows(folder / "pairs.jsonl"), mean_scores(judgements)
     scored = [c for c in candidates if (c["id"], c["k"]) in scores]
     points = [scores[c["id"], c["k"]] for c in scored]
@@ -537,8 +580,14 @@ def round_health(folder: Path, oracle=None) -> dict:
         "length_chosen": mean(len(p["chosen_tokens"]) for p in pairs),
         "length_rejected": mean(len(p["rejected_tokens"]) for p in pairs),
         "score_length_correlation": spearman(points, [len(c["tokens"]) for c in scored]),
+        "repeats": repeats(candidates[:2000]),
+        "openings": Counter(tuple(t.split()[:3]) for t in texts).most_common(1)[0][1] / len(texts),
+        "copies": 1 - len(set(texts)) / len(texts),
+        "short": mean(float(len(t) < 15) for t in texts),
+        "chosen_fall": chosen_fall(curve, read_json(folder.parent / "config.json").get("beta", 0.1)),
     }
     if oracle:
+        health["true_score"] = mean(true_grade(oracle, prompts[c["id"]], c["response"]) for c in scored)
         both = [[true_grade(oracle, p["prompt"], p[side]) for side in ("chosen", "rejected")] for p in pairs]
         known = [(a, b) for a, b in both if a is not None]
         health["true_chosen"], health["true_rejected"] = mean(a for a, _ in known), mean(b for _, b in known)
@@ -548,12 +597,34 @@ def round_health(folder: Path, oracle=None) -> dict:
     return health
 
 
+def warnings(now: dict, before: dict | None = None) -> list[str]:
+    """What looks wrong in a round's health, given that of the round before: a line each, none for a healthy round."""
+    before, votes, readable = before or now, now["scores"].values(), now["parse_rate"] or 0
+    checks = (
+        (max(votes, default=0) / max(1, sum(votes)), 0.9, "votes that are one and the same score",
+         "the judge has collapsed: balance the scores in eft.jsonl, or change the judge's template"),
+        (1 - readable, 0.1, "judgements that cannot be read", "add EFT rows, or raise --max-judgement"),
+        ((before["parse_rate"] or 0) - readable, 0.05, "fall of readable judgements since the round before",
+         "DPO unlearns judging: lower --dpo-lr"),
+        (1 - now["pairs"] / now["prompts"], 0.5, "prompts without a pair", "raise --candidates or --votes"),
+        (now["length"] / before["length"] - 1, 0.4, "growth of the responses since the round before",
+         f"score and length correlated by {before['score_length_correlation'] or 0:+.2f} there; --length-guard 0.1"),
+        (now["truncated"], 0.05, "responses cut by the length limit", "raise --max-response"),
+        (now["repeats"], 0.5, "candidates that nearly copy another of their prompt", "raise --temperature or --top-p"),
+        (now["openings"], 0.5, "new prompts that begin with the same three words", "vary ift.jsonl or propose.txt"),
+        (now["copies"], 0.05, "new prompts that stand there twice", "lower --rouge"),
+        (now["short"], 0.2, "new prompts of fewer than 15 characters", "take another --writer or propose.txt"),
+        (now["chosen_fall"], 0.1, "log-prob that chosen responses lost under DPO", "try --nll 1 or a lower --dpo-lr"),
+    )  # fmt: skip
+    return [f"{what}: {x:.1%}, more than {most:.0%}; {remedy}" for x, most, what, remedy in checks if (x or 0) > most]
+
+
 def report(run: Path, oracle=None) -> dict:
     """Everything that can be said of a run from its files; head-to-head and true grades need an oracle."""
     config, names = read_json(run / "config.json"), models_of(run)
     if not names:
         raise BadInput(f"{run}: holds no finished model yet; start the run again to go on with it")
-    out = {"config": config, "models": {}, "agreement": {}, "health": {}, "head_to_head": {}}
+    out = {"config": config, "warnings": [], "models": {}, "agreement": {}, "health": {}, "head_to_head": {}}
     data, grades = Path(config["data"]), {}
     for name in names:
         folder = run / name
@@ -567,6 +638,7 @@ def report(run: Path, oracle=None) -> dict:
         if oracle and answers:
             grades[name] = [oracle.grade(a["prompt"], a["response"]) for a in answers]
             out["models"][name]["true_mean"] = mean(grades[name])
+            out["models"][name]["true_error"] = 1.96 * float(np.std(grades[name])) / len(answers) ** 0.5
             if hasattr(oracle, "criteria"):
                 points = [oracle.criteria(a["prompt"], a["response"]) for a in answers]
                 out["models"][name]["criteria"] = {c: mean(float(p[c]) for p in points) for c in points[0]}
@@ -574,7 +646,9 @@ def report(run: Path, oracle=None) -> dict:
             exam = read_ranked(data / "eft_eval.jsonl")
             out["agreement"][name] = examined(exam, read_rows(folder / "exam.jsonl", empty=True))
         if (folder / "pairs.jsonl").exists():
+            before = next(reversed(out["health"].values()), None)
             out["health"][name] = round_health(folder, oracle)
+            out["warnings"] += [f"{name}: {line}" for line in warnings(out["health"][name], before)]
     graded = [name for name in names if name in grades]
     for i, b in enumerate(graded):
         for a in graded[i + 1 :]:
@@ -582,14 +656,19 @@ def report(run: Path, oracle=None) -> dict:
     return out
 
 
-def table(title: str, columns: list[str], rows: list[tuple]) -> str:
-    """Plain text columns; numbers on the right, None as a dash."""
-    cells = [columns] + [
-        ["-" if c is None else f"{c:.2f}" if isinstance(c, float) else str(c) for c in r] for r in rows
+def cells(columns: list[str], rows: list[tuple]) -> list[list[str]]:
+    """Header and rows of a table as text: two decimals, None as a dash."""
+    return [columns] + [
+        ["-" if c is None else f"{c:z.2f}" if isinstance(c, float) else str(c) for c in r] for r in rows
     ]
-    widths = [max(len(r[i]) for r in cells) for i in range(len(columns))]
+
+
+def table(title: str, columns: list[str], rows: list[tuple]) -> str:
+    """Plain text columns, numbers on the right."""
+    lines = cells(columns, rows)
+    widths = [max(len(r[i]) for r in lines) for i in range(len(columns))]
     lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
-             for r in cells]  # fmt: skip
+             for r in lines]  # fmt: skip
     return "\n".join([title, *("  " + line.rstrip() for line in lines)])
 
 
@@ -597,40 +676,41 @@ def percent(x: float | None) -> str | None:
     return None if x is None else f"{100 * x:.1f}"
 
 
-def duels(title: str, found: dict[str, dict]) -> str:
-    return table(
+def duels(title: str, found: dict[str, dict]) -> tuple[str, list[str], list[tuple]]:
+    return (
         f"{title} (percent; interval: 95 % of win - lose)", ["", "win", "tie", "lose", "win - lose", "interval"],
         [(k, f"{h['win']:.1f}", f"{h['tie']:.1f}", f"{h['lose']:.1f}", f"{h['win'] - h['lose']:+.1f}",
           f"[{h['low']:+.1f}, {h['high']:+.1f}]") for k, h in found.items()],
     )  # fmt: skip
 
 
-def show(r: dict) -> str:
-    """The report as text: the paper's Figure 3 and Table 4 in miniature."""
+def tables(r: dict) -> list[tuple[str, list[str], list[tuple]]]:
+    """The report's (title, columns, rows): the paper's Figure 3 and Table 4 in miniature."""
     parts = []
     if r["head_to_head"]:
         parts.append(duels("Head to head on the test prompts, by the true reward", r["head_to_head"]))
         graded = {k: m for k, m in r["models"].items() if "true_mean" in m}
         names = list(next(iter(graded.values())).get("criteria", {}))
-        parts.append(table(
+        parts.append((
             "True quality of the answers (0 to 5, and the share that earns each point)",
             ["", "mean", *names, "tokens", "truncated %"],
             [(k, m["true_mean"], *(m["criteria"][c] for c in names), f"{m['tokens']:.1f}", percent(m["truncated"]))
              for k, m in graded.items()],
         ))  # fmt: skip
     elif any(m["answers"] for m in r["models"].values()):
-        parts.append(table("Answers to the test prompts", ["", "tokens", "characters", "truncated %"],
-                           [(k, m["tokens"], m["characters"], percent(m["truncated"]))
-                            for k, m in r["models"].items()]))  # fmt: skip
+        parts.append((
+            "Answers to the test prompts", ["", "tokens", "characters", "truncated %"],
+            [(k, m["tokens"], m["characters"], percent(m["truncated"])) for k, m in r["models"].items()],
+        ))  # fmt: skip
     if r["agreement"]:
-        parts.append(table(
+        parts.append((
             "The judge against held-out human rankings (percent; pairwise without ties)",
             ["", "pairwise", "ties", "exact", "5-best", "spearman", "kendall", "readable"],
             [(k, percent(a["pairwise"]), percent(a["tie_rate"]), percent(a["exact_match"]), percent(a["five_best"]),
               a["spearman"], a["kendall"], percent(a["parse_rate"])) for k, a in r["agreement"].items()],
         ))  # fmt: skip
     if r["health"]:
-        parts.append(table(
+        parts.append((
             "What each self-rewarding round learned from (chosen, rejected: true mean)",
             ["for", "prompts", "pairs", "ties", "readable", "score", "chosen", "rejected", "len +", "len -", "r(len)",
              "cut %"],
@@ -639,21 +719,115 @@ def show(r: dict) -> str:
               h["score_length_correlation"], percent(h["truncated"])) for k, h in r["health"].items()],
         ))  # fmt: skip
         scores = sorted({s for h in r["health"].values() for s in h["scores"]}, key=float)
-        parts.append(table(
+        parts.append((
             "Its votes by score, of those that could be read (percent)", ["for", *scores],
             [(k, *(f"{100 * h['scores'].get(s, 0) / max(1, sum(h['scores'].values())):.1f}" for s in scores))
              for k, h in r["health"].items()],
         ))  # fmt: skip
+    return parts
+
+
+def show(r: dict) -> str:
+    """The report as text."""
+    warned = ["\n  ".join(["Warnings", *r["warnings"]])] if r["warnings"] else []
+    return "\n\n".join(warned + [table(*t) for t in tables(r)])
+
+
+def write_pages(run: Path, r: dict, oracle=None) -> bool:
+    """report.md and report.html; False where matplotlib is not installed, so that they hold no figures."""
+    here, figures = Path(__file__).resolve().parent / "data" / "report", None
+    with suppress(ModuleNotFoundError):
+        figures = load_module(here / "figures.py").draw(r, read_metrics(run))
+    knobs = ("Knobs of the run", ["knob", "value"], [(k, str(v)) for k, v in r["config"].items()])
+    filled = [(title, *cells(*rest)) for title, *rest in [*tables(r), knobs]]
+    load_module(here / "pages.py").write(run, r, figures or [], filled, partial(true_grade, oracle) if oracle else None)
+    return figures is not None
+
+
+# ---- the life of one prompt --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def log_prob(model: Llama, prompt: list[int], response: list[int]) -> float:
+    """log pi(response | prompt), summed over its tokens: dpo.sequence_logps for one row, to look at."""
+    device = model.embed_tokens.weight.device
+    logits = model(torch.tensor([prompt + response[:-1]], device=device))[0, len(prompt) - 1 :]  # (T, V)
+    return logits.log_softmax(-1).gather(1, torch.tensor(response, device=device)[:, None]).sum().item()
+
+
+def margins(run: Path, names: list[str], pair: dict, beta: float) -> list[tuple]:
+    """(model, log-prob of chosen, of rejected, DPO's margin): the stored reference and the models that are there."""
+    base = pair["reference_chosen"], pair["reference_rejected"]
+    rows, device = [("reference, stored", *base, 0.0)], "cuda" if torch.cuda.is_available() else "cpu"
+    for name in names:
+        if any((run / name).glob("model*.safetensors")) and (run / name / "config.json").exists():
+            model, tok = load(run / name, torch.bfloat16 if device == "cuda" else torch.float32, device)
+            prompt = tok.chat(pair["prompt"])
+            found = [log_prob(model.eval(), prompt, pair[f"{side}_tokens"]) for side in ("chosen", "rejected")]
+            rows.append((name, *found, beta * (found[0] - base[0] - found[1] + base[1])))
+    return rows
+
+
+def read_life(run: Path, at: str) -> tuple[str, list[list[dict]]]:
+    """The round and the rows of one prompt, `M2:17` or, of the last round, `17`."""
+    rounds = [name for name in (f"M{i}" for i in range(2, 100)) if (run / name / "pairs.jsonl").exists()]
+    name, _, number = at.rpartition(":")
+    name = name or (rounds or [""])[-1]
+    files = ("prompts", "candidates", "judgements", "pairs") if name in rounds else ()
+    found = [[r for r in read_rows(run / name / f"{f}.jsonl") if str(r["id"]) == number] for f in files]
+    if not found or not found[0]:
+        raise BadInput(
+            f"{run}: no prompt {at!r}; give --show ROUND:ID, such as M2:17, of a finished round ({', '.join(rounds)})"
+        )
+    return name, found
+
+
+def life(run: Path, at: str, oracle=None) -> str:
+    """The life of one prompt: its writer, its candidates, every vote, the pair and why, DPO's margin."""
+    config, (name, ((prompt,), candidates, judgements, pairs)) = read_json(run / "config.json"), read_life(run, at)
+    start, scores, sides = f"M{int(name[1:]) - 1}", mean_scores(judgements), {}
+    for pair, side in ((pair, side) for pair in pairs for side in ("chosen", "rejected")):
+        same = [c for c in candidates if c["tokens"] == pair[f"{side}_tokens"]]
+        sides[min(same, key=lambda c: scores.get((c["id"], c["k"])) != pair[f"{side}_score"])["k"]] = side
+    writer = config.get("writer") or config.get("init")
+    parts = [f"Prompt {name}:{prompt['id']}, by the writer {writer}:\n" + textwrap.indent(prompt["prompt"], "  ")]
+    for c in candidates:
+        mean_score = scores.get((c["id"], c["k"]))
+        facts = ["no readable vote" if mean_score is None else f"mean score {mean_score:.2f}"]
+        facts += [f"true score {true_grade(oracle, prompt['prompt'], c['response'])}"] if oracle else []
+        facts += [f"{len(c['tokens'])} tokens"] + ["cut by the length limit"] * c["truncated"]
+        facts += [side.upper() for k, side in sides.items() if k == c["k"]]
+        votes = [f"vote {j['vote']}: {'unreadable' if j['score'] is None else format(j['score'], 'g')}\n"
+                 + textwrap.indent(j["text"], "  ") for j in judgements if j["k"] == c["k"]]  # fmt: skip
+        text = textwrap.indent("\n".join([c["response"], *votes]), "  ")
+        parts.append(f"Response {c['k']} of {start}: {', '.join(facts)}\n{text}")
+    guard = config.get("length_guard", 0.0)
+    _, tally = prefer([prompt], candidates, scores, guard)
+    why = "the best mean score against the worst" + f", with a length guard of {guard:g}" * bool(guard)
+    why = "the scores were shuffled among the candidates" if config.get("control") else why
+    parts.append(f"Pair: {why}" if pairs else f"No pair: {', '.join(tally)}")
+    for pair in pairs:
+        title = f"DPO from {start} to {name}: log-probs in nats, and the margin (times beta = {config['beta']})"
+        rows = margins(run, [start, name], pair, config["beta"])
+        parts.append(table(title, ["", "chosen", "rejected", "margin"], rows))
     return "\n\n".join(parts)
 
 
-def report_run(run: Path):
+def report_run(run: Path, show_id: str | None = None):
+    """Print and write the report of a run, or print the life of one of its prompts."""
     path = Path(read_json(run / "config.json")["data"]) / "oracle.py"
-    r = report(run, load_oracle(path) if path.exists() else None)
-    print(show(r))
-    if not path.exists():
-        print(f"\nNo {path}: nobody outside the loop grades the answers, so there is no head-to-head.")
+    oracle = load_oracle(path) if path.exists() else None
+    if show_id is not None:
+        print(life(run, show_id, oracle))
+        return
+    r = report(run, oracle)
     write_json(run / "report.json", r)
+    drawn = write_pages(run, r, oracle)
+    print(show(r))
+    if not oracle:
+        print(f"\nNo {path}: nobody outside the loop grades the answers, so there is no head-to-head.")
+    without = "" if drawn else "; no figures, as matplotlib is missing (requirements-dev.txt)"
+    print(f"\nWritten to {run}: report.json, report.md, report.html{without}")
 
 
 def compare_answers(
@@ -681,7 +855,7 @@ def compare_answers(
     if out:
         write_json(out, rows)
     h = duel(x, y, rows)
-    print(duels(f"Head to head by {judge_model or judge_checkpoint or oracle}", {f"{a} vs {b}": h}))
+    print(table(*duels(f"Head to head by {judge_model or judge_checkpoint or oracle}", {f"{a} vs {b}": h})))
     print(f"Of {h['prompts']} prompts in common {h['no_verdict']} have no verdict and are not in the table; "
           f"{h['unmatched']} more are in one set only.\n"
           f"Mean length: {h['characters'][0]:.0f} and {h['characters'][1]:.0f} characters.")  # fmt: skip
@@ -697,6 +871,7 @@ def parse_args() -> dict:
     flag = parser.add_argument
     flag("paths", type=Path, nargs="+", metavar="PATH", help="a run, such as runs/zoo; or two sets of answers: model "
          "folders (runs/zoo/M3), files like alpaca_eval.json, JSON lines of prompt and response")  # fmt: skip
+    flag("--show", metavar="ID", help="of a run: the life of one prompt instead of the report, such as M2:17")
     flag("--judge-url", metavar="URL", help="an OpenAI-compatible endpoint compares: https://host/v1; its key is taken "
          "from JUDGE_API_KEY or OPENAI_API_KEY")  # fmt: skip
     flag("--judge-model", metavar="NAME", help="the model to ask there")
@@ -708,11 +883,12 @@ def parse_args() -> dict:
     flag("--parallel", type=int, help="requests at a time (8)")
     flag("--out", type=Path, metavar="FILE", help="write the outcome of every prompt there, as JSON")
     given = vars(parser.parse_args())
-    flags = " ".join("--" + k.replace("_", "-") for k in given if k != "paths")
+    flags = " ".join("--" + k.replace("_", "-") for k in given if k not in ("paths", "show"))
     judges = [k for k in ("judge_url", "judge_checkpoint", "oracle") if k in given]
     for ok, what in (
         (len(given["paths"]) < 3, "give one run for its report, or two sets of answers to compare"),
         (len(given["paths"]) == 2 or not flags, f"{flags}: for two sets of answers, as in python judge.py A B {flags}"),
+        (len(given["paths"]) == 1 or "show" not in given, "--show is for one run: python judge.py RUN --show M2:17"),
         (len(given["paths"]) == 2 or not given["paths"][0].is_file(),
          f"{given['paths'][0]}: a file; give a run folder for its report, or two sets of answers to compare"),
         (len(given["paths"]) == 1 or len(judges) == 1,
@@ -731,7 +907,7 @@ def parse_args() -> dict:
 def main():
     given = parse_args()
     paths = given.pop("paths")
-    report_run(*paths) if len(paths) == 1 else compare_answers(*paths, **given)
+    report_run(*paths, given.get("show")) if len(paths) == 1 else compare_answers(*paths, **given)
 
 
 if __name__ == "__main__":

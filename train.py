@@ -61,6 +61,7 @@ class Config:
     rouge: float = 0.7  # a new prompt more similar than this (ROUGE-L) to an older one is dropped
     candidates: int = 4  # responses to each prompt (N)
     votes: int = 3  # judgements of each response
+    length_guard: float = 0.0  # choose the shortest of those within this share of the score range below the best
     temperature: float = 0.7  # of responses and judgements
     top_p: float = 0.9  # of all sampling
     max_response: int = 1024  # most tokens of a response
@@ -175,7 +176,7 @@ def self_reward(cfg: Config, mesh, data: dict, start: str, end: str):
     scores = judge.mean_scores(judgements)
     if cfg.control == "shuffle":
         scores = shuffled(scores, (cfg.seed, end, "control"))
-    pairs, tally = judge.prefer(prompts, candidates, scores)
+    pairs, tally = judge.prefer(prompts, candidates, scores, cfg.length_guard)
     rate, histogram = judge.parse_rate(judgements) or 0, Counter(j["score"] for j in judgements)
     log(f"{end}: {dict(tally)}; {rate:.1%} of {len(judgements)} judgements readable")
     if not pairs:
@@ -598,6 +599,7 @@ def checked(cfg: Config) -> Config:
         (min(cfg.sft_epochs, cfg.dpo_epochs) >= 1, "epochs are at least 1"),
         (min(cfg.max_prompt, cfg.max_response, cfg.max_judgement) >= 1, "lengths are at least 1 token"),
         (min(cfg.temperature, cfg.writer_temperature) >= 0, "temperatures are 0 (greedy) or more"),
+        (0 <= cfg.length_guard < 1, "--length-guard lies in [0, 1)"),
         (0 < cfg.top_p <= 1, "--top-p lies in (0, 1]"),
         (0 <= cfg.dropout < 1, "--dropout lies in [0, 1)"),
         (cfg.beta > 0 and cfg.nll >= 0, "--beta is positive and --nll not negative"),
