@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import runpy
 import signal
 import socket
@@ -114,19 +115,61 @@ def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_at(place: str, what: str, count: int):
-    """Arrange for this process to be killed: in the middle of step `count` of training model `what`, and so on."""
+def fill():
+    """From here on no file may grow beyond this: what a checkpoint or weights need, and rows do not."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+ACTS = {
+    "die": die,
+    "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "int": lambda: os.kill(os.getpid(), signal.SIGINT),
+    "full": fill,
+}
+
+
+def kill_at(place: str, what: str, count: int, act: str = "die", rank: str = ""):
+    """Arrange for this process to be killed: in the middle of step `count` of training model `what`, and so on.
+
+    `act` does something else to it than to kill it; `rank` alone is hit, or all are.
+    """
+    if rank and os.environ.get("RANK") != rank:
+        return
+    act = ACTS[act]
     if place == "step":  # half of the step's line in metrics.jsonl is written
         old = train.write_metrics
 
         def write_metrics(cfg, line):
             if (line["model"], line["step"]) == (what, count):
-                with (Path(cfg.out) / "metrics.jsonl").open("a") as f:
-                    f.write(json.dumps(line)[:30])
-                die()
+                if act is die:
+                    with (Path(cfg.out) / "metrics.jsonl").open("a") as f:
+                        f.write(json.dumps(line)[:30])
+                act()
             old(cfg, line)
 
         train.write_metrics = write_metrics
+    elif place == "checkpoint":  # all of the checkpoint at step `count` is written, but it is not in its place
+        old_json = train.write_json
+
+        def write_json(path, d):
+            old_json(path, d)
+            if path.name == "training.json" and (d["model"], d["step"]) == (what, count):
+                act()
+
+        train.write_json = write_json
+    elif place == "commit":  # half of the line of chunk `count` of the file `what` is written
+        old_commit, chunks = train.commit, [0]
+
+        def commit(cfg, file, line):
+            chunks[0] += file == what
+            if file == what and chunks[0] == count:
+                if act is die:
+                    with (Path(cfg.out) / (file + ".part")).open("a") as f:
+                        f.write(json.dumps(line)[: len(json.dumps(line)) // 2])
+                act()
+            old_commit(cfg, file, line)
+
+        train.commit = commit
     elif place == "save":  # the weights of model `what` are there, its config.json is not
         old_config = model.write_config
         model.write_config = lambda c, t, d, path: die() if path.parent.name == what else old_config(c, t, d, path)
@@ -141,7 +184,7 @@ def kill_at(place: str, what: str, count: int):
                 def tick(*counts):
                     left[0] -= 1
                     if name == what and left[0] == 0:
-                        die()
+                        act()
                     bar(*counts)
 
                 yield tick
@@ -179,11 +222,10 @@ def job(argv, log, env, kill):
     torch.set_num_threads(1)
     if kill:
         kill_at(*kill)
-        train.main(train.parse_args(argv))
+        train.command(argv)
     else:
         sys.argv = [str(ROOT / "train.py"), *argv]
         runpy.run_path(sys.argv[0], run_name="__main__")
-    train.dist.destroy_process_group() if train.dist.is_initialized() else None
 
 
 def free_port() -> int:
