@@ -4,6 +4,7 @@
 importing torch takes, which may die (`kill`), be one of several (`world`), or run train.py as a command (`argv`).
 """
 
+import inspect
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import runpy
 import signal
 import socket
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -213,6 +215,40 @@ def kill_at(place: str, what: str, count: int, act: str = "die", rank: str = "")
         raise ValueError(place)
 
 
+def trace(path: Path):
+    """Let this file hear of every chapter of main and every part of a chapter when it begins: a time and a name."""
+
+    def tell(name):
+        with path.open("a") as f:
+            f.write(f"{time.time()} {name}\n")
+
+    def told(work, name_of):
+        def wrapper(*args, **knobs):
+            tell(name_of(*args))
+            return work(*args, **knobs)
+
+        return wrapper
+
+    for name in train.main.__code__.co_names:
+        work = getattr(train, name, None)
+        if inspect.isfunction(work) and list(inspect.signature(work).parameters)[:2] == ["cfg", "mesh"]:
+            told_work = told(work, lambda *args, name=name: " ".join([name, *(a for a in args if isinstance(a, str))]))
+            setattr(train, name, told_work)
+    parts = {
+        "open_model": lambda *_: " loads",
+        "optimize": lambda *_: " steps",
+        "checkpoint": lambda *_: " writes a checkpoint",
+        "write_metrics": lambda _, line: f" step {line['step']}",
+        "save": lambda *_: " saves",
+        "put": lambda cfg, name, file, _: f" writes {file}",
+        "progress": lambda what, *_: f" {what}",
+        "commit": lambda *_: " commits",
+        "pair_logps": lambda *_: " log-probs of the reference",
+    }
+    for name, name_of in parts.items():
+        setattr(train, name, told(getattr(train, name), name_of))
+
+
 def job(argv, log, env, kill):
     """What a started process does: train.py with these flags, its output in files, until it ends or is killed."""
     for number, name in ((1, "out"), (2, "err")):
@@ -220,7 +256,10 @@ def job(argv, log, env, kill):
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     os.environ.update(env)
     torch.set_num_threads(1)
-    if kill:
+    if isinstance(kill, Path):
+        trace(kill) if env.get("RANK", "0") == "0" else None
+        train.command(argv)
+    elif kill:
         kill_at(*kill)
         train.command(argv)
     else:
@@ -240,8 +279,11 @@ class Result:
         self.code = codes[0] if len(set(codes)) == 1 else None
 
 
-def start(argv, folder: Path, *, world: int = 1, kill=None, timeout: float = 120) -> Result:
-    """Run train.py with flags `argv` as one process or as the `world` processes of torchrun; wait for the end."""
+def start(argv, folder: Path, *, world: int = 1, kill=None, timeout: float = 120, watch=None) -> Result:
+    """Run train.py with flags `argv` as one process or as the `world` processes of torchrun; wait for the end.
+
+    `kill` is what kill_at takes, or the file of `trace`; watch(processes) may look on and kill from outside.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "tiny", "pytest", "numpy", "runpy"])
     ranks = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -252,6 +294,8 @@ def start(argv, folder: Path, *, world: int = 1, kill=None, timeout: float = 120
         logs.append(folder / f"rank{rank}")
         started.append(context.Process(target=job, args=(list(map(str, argv)), str(logs[-1]), env, kill)))
         started[-1].start()
+    if watch:
+        watch(started)
     for process in started:
         process.join(timeout)
     stuck = [p for p in started if p.is_alive()]
