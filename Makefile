@@ -3,7 +3,7 @@ BIN    := .venv/bin
 OUT    ?= runs/zoo
 ARGS   ?=
 
-.PHONY: help setup run test lint format reproduce zoo clean
+.PHONY: help setup run test kills lint format reproduce zoo clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ run: .venv/run  ## M0 -> M1 -> M2 -> M3 on the zoo, then the report (OUT=runs/on
 
 test: .venv/dev  ## all tests
 	$(BIN)/python -m pytest -q tests $(ARGS)
+
+kills: .venv/dev  ## kill -9 the toy run at 20 random moments, on one and on two processes (ARGS="--seed 1"); minutes
+	$(BIN)/python tests/proof_kill.py $(ARGS)
 
 lint: .venv/dev  ## ruff: format and rules
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .

@@ -4,20 +4,25 @@
     torchrun --nproc-per-node 8 train.py --init LLAMA --data DATA --out RUN
     python train.py --help                                         every knob
 
-Every chapter turns files of the run folder into files of the run folder, and one whose product is there is skipped:
-start the same command again and it goes on where it was stopped. One process is a world of size one.
+Every chapter turns files of the run folder into files of the run folder, and one whose product is there is skipped.
+Inside a chapter, training leaves checkpoints and sampling commits its rows in chunks: start the same command again,
+on as many processes as you like, and it goes on where it was stopped. One process is a world of size one.
 
-Left out: checkpoints inside a chapter (a chapter cut short starts over), tensor parallelism, selection of
-checkpoints by an outside judge.
+Exit codes: 0 done, 1 an error that one line explains, 75 stopped by SIGTERM and saved, 130 the same by Ctrl-C.
+
+Left out: tensor parallelism, selection of checkpoints by an outside judge.
 """
 
 import argparse
+import hashlib
 import inspect
 import json
 import math
 import os
 import random
 import re
+import shutil
+import signal
 import sys
 import time
 from collections import Counter
@@ -32,6 +37,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads sleep: wh
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
@@ -73,6 +79,7 @@ class Config:
     dpo_epochs: int = 1  # passes over the pairs (paper: not given)
     batch: int = 16  # rows (SFT) or pairs (DPO) an update, over all processes
     micro_batch: int = 16  # of these, how many one process puts through the model at once
+    save_every: int = 200  # updates between checkpoints, of which the last is kept until the model is finished
     dropout: float = 0.1  # on the residual branches, while training
     beta: float = 0.1  # of DPO
     nll: float = 0.0  # weight of the chosen response's NLL beside DPO (not in the paper; Pang et al. 2024)
@@ -80,6 +87,15 @@ class Config:
     control: str = ""  # "shuffle": the scores of a prompt's candidates are shuffled; learning should then fail
     dtype: str = ""  # float32 or bfloat16, of compute; master weights are float32; empty: bfloat16 on a GPU
     save_dtype: str = "float32"  # of saved weights; bfloat16 halves them but rounds away part of a small step
+
+
+FREE = ("out", "iters", "save_every")  # knobs that may change between two starts of a run
+CHUNK = 8  # batches of sequences that each process samples between two commits
+ASKED = []  # signals that have asked this process to stop; work in hand is brought to a safe end first
+
+
+class Stopped(Exception):
+    """Some process was asked to stop, and all have agreed to; what is finished is on disk."""
 
 
 def main(cfg: Config):
@@ -143,9 +159,15 @@ def write_prompts(cfg: Config, mesh, data: dict):
                                     batch=cfg.sample_batch, tick=bar, **knobs)  # fmt: skip
             return [(number, drawn[0]) for (number, *_), drawn in zip(mine, texts, strict=True)]
 
-        return [drawn for _, drawn in sorted(spread(list(zip(range(len(ids)), ids, keys, strict=True)), work))]
+        of = digest(ids, keys)
+        if of not in waves:  # the waves of an earlier start are not written again
+            drawn = spread(list(zip(range(len(ids)), ids, keys, strict=True)), work)
+            waves[of] = [ids for _, ids in sorted(drawn)]
+            commit(cfg, f"M{t + 1}/prompts.jsonl", {"of": of, "made": waves[of]})
+        return waves[of]
 
     for t in todo:
+        waves = {line["of"]: line["made"] for line in committed(cfg, f"M{t + 1}/prompts.jsonl")}
         taken = [r["prompt"] for s in range(1, t) for r in read_rows(Path(cfg.out) / f"M{s + 1}" / "prompts.jsonl")]
         count = counts[min(t, len(counts)) - 1]
         with gathered(model), progress(f"prompts for M{t + 1}", count, "requests") as bar:
@@ -165,13 +187,15 @@ def self_reward(cfg: Config, mesh, data: dict, start: str, end: str):
     model, tok = open_model(cfg, mesh, Path(cfg.out) / start)
     prompts = read_rows(Path(cfg.out) / end / "prompts.jsonl", "prompt")
     if not done(cfg, end, "candidates.jsonl"):
-        drawn = respond(cfg, model, tok, prompts, f"{start} responds", (end, "responses"), cfg.candidates)
+        stage, file = (end, "responses"), f"{end}/candidates.jsonl"
+        drawn = respond(cfg, model, tok, prompts, f"{start} responds", stage, cfg.candidates, file)
         put(cfg, end, "candidates.jsonl", drawn)
     candidates = read_rows(Path(cfg.out) / end / "candidates.jsonl", empty=True)
     if not done(cfg, end, "judgements.jsonl"):
         texts = {p["id"]: p["prompt"] for p in prompts}
         asked = [c | {"prompt": texts[c["id"]]} for c in candidates]
-        put(cfg, end, "judgements.jsonl", score(cfg, model, tok, data, asked, f"{start} judges", (end, "judgements")))
+        stage, file = (end, "judgements"), f"{end}/judgements.jsonl"
+        put(cfg, end, "judgements.jsonl", score(cfg, model, tok, data, asked, f"{start} judges", stage, file))
     judgements = read_rows(Path(cfg.out) / end / "judgements.jsonl", empty=True)
     scores = judge.mean_scores(judgements)
     if cfg.control == "shuffle":
@@ -204,23 +228,48 @@ def sampling(cfg: Config, stage: tuple) -> dict:
     return {"key": (cfg.seed, *stage), "temperature": cfg.temperature, "top_p": cfg.top_p, "batch": cfg.sample_batch}
 
 
-def respond(cfg: Config, model, tok, rows: list[dict], what: str, stage: tuple, n: int) -> list[dict]:
+def in_chunks(cfg: Config, model, rows: list[dict], what: str, unit: str, file: str, each: int, work) -> list[dict]:
+    """What work(rows, tick) makes of rows, `each` sequences of a row, on all processes.
+
+    A finished chunk is committed beside `file`, and a later start goes on with the next. Chunks, not rows: a logit's
+    last bits hang on which rows share its batch, and in a world of the same size the chunks are the same again.
+    """
+    kept = [c for c in committed(cfg, file) if c["of"] == digest([rows[i] for i in c["rows"] if i < len(rows)])]
+    found, there = [row for c in kept for row in c["made"]], {i for c in kept for i in c["rows"]}
+    left, size = [i for i in range(len(rows)) if i not in there], CHUNK * cfg.sample_batch * dist.get_world_size()
+    chunks = [left[at : at + max(1, size // each)] for at in range(0, len(left), max(1, size // each))]
+    if there:
+        log(f"{what}: {len(there)} of {len(rows)} rows are there from an earlier start")
+    with gathered(model), progress(what, len(left) * each, unit) as bar:
+        for chunk in chunks:
+            asked = [rows[i] for i in chunk]
+            made = spread(asked, lambda mine: work(mine, bar))
+            commit(cfg, file, {"of": digest(asked), "rows": chunk, "made": made})
+            found += made
+    return sorted(found, key=lambda r: (r["id"], r["k"], r.get("vote", 0)))
+
+
+def respond(cfg: Config, model, tok, rows: list[dict], what: str, stage: tuple, n: int, file: str) -> list[dict]:
     """n responses to each prompt, on all processes; prompts that leave no room for one are left out and counted."""
     most = limit(cfg.max_response, model)
     fit = [r for r in rows if len(tok.chat(r["prompt"])) + most <= model.cfg.max_len]
     if len(fit) < len(rows):
         log(f"{what}: {len(rows) - len(fit)} prompts leave no room for a response of {most} tokens")
-    with gathered(model), progress(what, len(fit) * n, "responses") as bar:
-        knobs = sampling(cfg, stage) | {"n": n, "max_new": most, "tick": bar}
-        return in_order(spread(fit, lambda mine: sample.respond(model, tok, mine, **knobs)))
+
+    def work(mine, bar):
+        return sample.respond(model, tok, mine, n=n, max_new=most, tick=bar, **sampling(cfg, stage))
+
+    return in_chunks(cfg, model, fit, what, "responses", file, n, work)
 
 
-def score(cfg: Config, model, tok, data: dict, rows: list[dict], what: str, stage: tuple) -> list[dict]:
+def score(cfg: Config, model, tok, data: dict, rows: list[dict], what: str, stage: tuple, file: str) -> list[dict]:
     """The model's judgements of responses, on all processes."""
-    most = limit(cfg.max_judgement, model)
-    with gathered(model), progress(what, len(rows) * cfg.votes, "judgements") as bar:
-        knobs = sampling(cfg, stage) | {"votes": cfg.votes, "max_new": most, "tick": bar}
-        found = in_order(spread(rows, lambda mine: judge.score(model, tok, data["judge_template"], mine, **knobs)))
+    knobs = sampling(cfg, stage) | {"votes": cfg.votes, "max_new": limit(cfg.max_judgement, model)}
+
+    def work(mine, bar):
+        return judge.score(model, tok, data["judge_template"], mine, tick=bar, **knobs)
+
+    found = in_chunks(cfg, model, rows, what, "judgements", file, cfg.votes, work)
     missing = len(rows) - len(found) // cfg.votes
     if missing:
         log(f"{what}: {missing} of {len(rows)} responses are empty or leave no room for the judge; they have no score")
@@ -258,13 +307,13 @@ def train_dpo(cfg: Config, mesh, start: str, end: str):
 def examine(cfg: Config, mesh, data: dict, name: str):
     """The finished model answers the test prompts and judges the held-out human rankings (section 3.1)."""
     todo = [f for f, rows in (("test.jsonl", data["test"]), ("exam.jsonl", data["exam"]))
-            if rows and not done(cfg, name, f)]  # fmt: skip
+            if not done(cfg, name, f) and rows]  # fmt: skip
     if not todo:
         return
     model, tok = open_model(cfg, mesh, Path(cfg.out) / name)
     if "test.jsonl" in todo:
         rows = [{"id": i, "prompt": r["prompt"]} for i, r in enumerate(data["test"])]
-        answers = respond(cfg, model, tok, rows, f"{name} answers the test prompts", ("test",), 1)
+        answers = respond(cfg, model, tok, rows, f"{name} answers the test prompts", ("test",), 1, f"{name}/test.jsonl")
         answers = [rows[a["id"]] | a for a in answers]
         if dist.get_rank() == 0:
             texts = [(a["prompt"], a["response"]) for a in answers]
@@ -273,7 +322,8 @@ def examine(cfg: Config, mesh, data: dict, name: str):
     if "exam.jsonl" in todo:
         asked = [{"id": i, "k": k, "prompt": row["prompt"], "response": text}
                  for i, row in enumerate(data["exam"]) for k, text in enumerate(row["responses"])]  # fmt: skip
-        put(cfg, name, "exam.jsonl", score(cfg, model, tok, data, asked, f"{name} judges ranked answers", ("exam",)))
+        what, file = f"{name} judges ranked answers", f"{name}/exam.jsonl"
+        put(cfg, name, "exam.jsonl", score(cfg, model, tok, data, asked, what, ("exam",), file))
 
 
 # ---- the optimisation loop, one for both losses ------------------------------------------------------------
@@ -283,15 +333,17 @@ def optimize(cfg: Config, model, name, plan, examples, *, pack, loss, units, lr:
     """Update the model on every batch of the plan: AdamW, 5 % warm-up, cosine from lr to end * lr, clipping at 1.
 
     pack(rows) makes the tensors that loss(model, *tensors) takes; it returns a sum over units, of which units(row)
-    says how many a row has. The gradient is that of the whole batch, however it is cut. BadInput on a loss that is
-    not finite; the models finished so far are on disk.
+    says how many a row has. The gradient is that of the whole batch, however it is cut. It goes on from the last
+    checkpoint. BadInput on a loss that is not finite; the models finished so far are on disk.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     warm = max(1, round(0.05 * len(plan)))
     model.train()
-    start_metrics(cfg, name)
-    bar = tqdm(total=len(plan), desc=name, unit="step", disable=quiet())
-    for step, batch in enumerate(plan):
+    identity = {k: v for k, v in asdict(cfg).items() if k not in FREE} | asdict(model.cfg)
+    identity |= {"model": name, "steps": len(plan), "rows": digest(plan, examples)}
+    begin = resume(cfg, model, optimizer, identity)
+    bar = tqdm(total=len(plan), initial=begin, desc=name, unit="step", disable=quiet())
+    for step, batch in enumerate(plan[begin:], begin):
         began = time.time()
         cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, len(plan) - warm)))
         rate = lr * min((step + 1) / warm, end + (1 - end) * cosine)
@@ -309,8 +361,8 @@ def optimize(cfg: Config, model, name, plan, examples, *, pack, loss, units, lr:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         if not math.isfinite(sums["loss"] + norm):
-            raise BadInput(f"{name}: loss {sums['loss']}, gradient norm {norm} at step {step + 1}; nothing of {name} "
-                           "was saved, earlier models are whole: lower the learning rate, start again")  # fmt: skip
+            raise BadInput(f"{name}: loss {sums['loss']}, gradient norm {norm} at step {step + 1}; earlier models "
+                           "and checkpoints are whole: take a lower learning rate and another --out")  # fmt: skip
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds = time.time() - began
@@ -321,7 +373,69 @@ def optimize(cfg: Config, model, name, plan, examples, *, pack, loss, units, lr:
         if bar.disable:
             shown = " ".join(f"{k} {v:.4g}" for k, v in line.items() if isinstance(v, float))
             log(f"{name} step {step + 1}/{len(plan)} {shown} {tokens / seconds:,.0f} tok/s")
+        stop = stopping()
+        if stop or (step + 1) % cfg.save_every == 0:
+            checkpoint(cfg, model, optimizer, identity | {"step": step + 1})
+        if stop:
+            raise Stopped
     bar.close()
+
+
+def state(model, optimizer) -> dict:
+    """All that a step changes, as tensors that are saved from and loaded into where they lie, by each process its part.
+
+    Learning rate, dropout and rows are functions of the step, so no random state is among them.
+    """
+    for p in model.parameters():
+        if not optimizer.state[p]:  # AdamW makes them in its first step; loading needs them before
+            zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | zeros
+    return {name: {"weight": p} | optimizer.state[p] for name, p in model.named_parameters()}
+
+
+def checkpoint(cfg: Config, model, optimizer, identity: dict):
+    """Save the training's state in a folder that appears whole or not at all; then the one before is removed.
+
+    All wait until it is written: saving meanwhile (dcp.async_save) needs room for a copy of the state in main memory.
+    """
+    folder = Path(cfg.out) / identity["model"] / "checkpoint" / str(identity["step"])
+    temporary = folder.with_suffix(".tmp")
+    if dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    try:
+        dcp.save(state(model, optimizer), checkpoint_id=temporary)
+    except dcp.CheckpointException as e:
+        why = str(next(iter(e.failures.values()))[0]).split("\n")[0]
+        raise BadInput(f"{temporary}: cannot be written ({why}); is the disk full? The checkpoint before it and "
+                       "finished files are whole: make room, start the same command again") from None  # fmt: skip
+    if dist.get_rank() == 0:
+        write_json(temporary / "training.json", identity)
+        os.replace(temporary, folder)
+        for old in folder.parent.iterdir():
+            if old != folder:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def resume(cfg: Config, model, optimizer, identity: dict) -> int:
+    """Load the last checkpoint, of a world of any size, if it is of this very training; returns its step, or 0."""
+    name, home = identity["model"], Path(cfg.out) / identity["model"] / "checkpoint"
+    step = max(share([int(p.name) for p in home.glob("*") if p.name.isdigit()]), default=0)
+    if step:
+        folder, remedy = home / str(step), f"remove {home} to train {name} from its start"
+        saved = read_json(folder / "training.json")
+        if differ := [k for k in identity if identity[k] != saved.get(k)]:
+            k = differ[0]
+            raise BadInput(f"{folder}: a checkpoint of another training, whose {k} is {saved.get(k)!r} and not "
+                           f"{identity[k]!r}; {remedy}")  # fmt: skip
+        try:
+            dcp.load(state(model, optimizer), checkpoint_id=folder)
+        except dcp.CheckpointException:
+            raise BadInput(f"{folder}: damaged or incomplete; {remedy}") from None
+        log(f"{name}: goes on after step {step} of {identity['steps']}")
+    start_metrics(cfg, name, step)
+    return step
 
 
 def batches(sizes: list[int], batch: int, epochs: int, key: tuple) -> list[list[int]]:
@@ -378,6 +492,7 @@ def pair_logps(cfg: Config, mesh, model, examples, plan) -> dict[int, tuple[floa
     model.eval()
     found = []
     for batch in plan:
+        stop_if_asked()
         for rows, weight in micro_batches(batch, cfg.micro_batch):
             tokens, targets, _ = pack_pairs([examples[i] for i in rows], mesh.device_type)
             logps = sequence_logps(model, tokens, targets).tolist()
@@ -440,7 +555,7 @@ def open_run(cfg: Config) -> dict:
     mine, saved = asdict(cfg), folder / "config.json"
     if saved.exists():
         other = read_json(saved)
-        differ = [k for k in mine if k != "iters" and mine[k] != other.get(k)]
+        differ = [k for k in mine if k not in FREE and mine[k] != other.get(k)]
         if differ:
             k = differ[0]
             raise BadInput(f"{saved}: this run was made with {k} = {other.get(k)!r}, now it is {mine[k]!r}; give "
@@ -454,7 +569,8 @@ def open_run(cfg: Config) -> dict:
 
 def done(cfg: Config, name: str, file: str) -> bool:
     """Is this product there? Files appear whole or not at all, so being there is being finished."""
-    dist.barrier()
+    stop_if_asked()  # and nobody looks before all are here
+    tidy(cfg)
     return (Path(cfg.out) / name / file).exists()
 
 
@@ -463,20 +579,50 @@ def put(cfg: Config, name: str, file: str, rows: list[dict]):
     if dist.get_rank() == 0:
         (Path(cfg.out) / name).mkdir(parents=True, exist_ok=True)
         write_text(Path(cfg.out) / name / file, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    tidy(cfg)
     dist.barrier()
 
 
-def in_order(rows: list[dict]) -> list[dict]:
-    return sorted(rows, key=lambda r: (r["id"], r["k"], r.get("vote", 0)))
+def commit(cfg: Config, file: str, line: dict):
+    """Append finished work to FILE.part, which `put` replaces by the whole file."""
+    if dist.get_rank() == 0:
+        (Path(cfg.out) / file).parent.mkdir(parents=True, exist_ok=True)
+        with (Path(cfg.out) / (file + ".part")).open("a", encoding="utf-8") as f:
+            f.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def start_metrics(cfg: Config, name: str):
-    """Drop what an earlier attempt at this model has logged."""
+def committed(cfg: Config, file: str) -> list[dict]:
+    """What an earlier start has committed of a file, as the first process reads it; a torn last line is cut off."""
+    path, lines = Path(cfg.out) / (file + ".part"), []
+    if dist.get_rank() == 0 and path.exists():
+        lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        os.truncate(path, sum(map(len, lines)))
+    return share([json.loads(line) for line in lines])
+
+
+def tidy(cfg: Config):
+    """Remove what was kept only to finish a product that is there by now."""
+    if dist.get_rank() == 0:
+        for part in Path(cfg.out).glob("*/*.part"):
+            if part.with_suffix("").exists():
+                part.unlink()
+        for folder in Path(cfg.out).glob("*/checkpoint"):
+            if (folder.parent / "config.json").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def digest(*what) -> str:
+    """A short name for what was asked, by which a later start knows it again."""
+    return hashlib.blake2b(repr(what).encode(), digest_size=8).hexdigest()
+
+
+def start_metrics(cfg: Config, name: str, step: int):
+    """Drop what an earlier attempt at this model has logged after this step."""
     path = Path(cfg.out) / "metrics.jsonl"
     if dist.get_rank() == 0 and path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        keep = [line for line in lines if line.endswith("\n") and json.loads(line)["model"] != name]
-        write_text(path, "".join(keep))
+        whole = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+        write_text(path, "".join(line for line, row in whole if row["model"] != name or row["step"] <= step))
 
 
 def write_metrics(cfg: Config, line: dict):
@@ -530,7 +676,23 @@ def share(rows: list) -> list:
 
 def spread(rows: list, work) -> list:
     """Deal rows to the processes, work on them apart, and bring the results together, in no particular order."""
-    return share(work(rows[dist.get_rank() :: dist.get_world_size()]))
+    try:
+        made = work(rows[dist.get_rank() :: dist.get_world_size()])
+    except Stopped:  # here, so far: the others hear of it when they are done
+        made = []
+    made = share(made)
+    stop_if_asked()
+    return made
+
+
+def stopping() -> bool:
+    """Was any process asked to stop? All come by here, so all know."""
+    return reduced({"asked": len(ASKED)})["asked"] > 0
+
+
+def stop_if_asked():
+    if stopping():
+        raise Stopped
 
 
 def reduced(sums: dict[str, float]) -> dict[str, float]:
@@ -558,6 +720,8 @@ def progress(what: str, total: int, unit: str):
     with tqdm(total=mine, desc=what, unit=f" {unit}", disable=quiet()) as bar:
 
         def tick(tokens: int, finished: int):
+            if ASKED:
+                raise Stopped
             counts["tokens"] += tokens
             counts["finished"] += finished
             bar.update(finished)
@@ -596,6 +760,7 @@ def checked(cfg: Config) -> Config:
         (re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", cfg.prompts), "--prompts is a number of prompts, or several: 300,700"),
         (cfg.candidates >= 2, "--candidates must be at least 2, or there is nothing to prefer"),
         (min(cfg.votes, cfg.batch, cfg.micro_batch, cfg.sample_batch) >= 1, "votes and batches are at least 1"),
+        (cfg.save_every >= 1, "--save-every counts updates and is at least 1"),
         (min(cfg.sft_epochs, cfg.dpo_epochs) >= 1, "epochs are at least 1"),
         (min(cfg.max_prompt, cfg.max_response, cfg.max_judgement) >= 1, "lengths are at least 1 token"),
         (min(cfg.temperature, cfg.writer_temperature) >= 0, "temperatures are 0 (greedy) or more"),
@@ -613,12 +778,30 @@ def checked(cfg: Config) -> Config:
     return cfg
 
 
-if __name__ == "__main__":
+def command(argv: list[str] | None = None):
+    """The command: whatever becomes of it, one line says what, and the exit code is that of the file's head."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: ASKED.append(number))
+    rank, code = int(os.environ.get("RANK", 0)), 0
+    error = f"error on process {rank}:" if rank else "error:"
     try:
-        main(parse_args())
+        cfg = parse_args(argv)
+        main(cfg)
+    except Stopped:
+        log(f"stopped; all that was finished is in {cfg.out}: the same command goes on")
+        code = 130 if signal.SIGINT in ASKED else 75
     except BadInput as e:
-        rank = int(os.environ.get("RANK", 0))
-        sys.exit(f"error on process {rank}: {e}" if rank else f"error: {e}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        sys.exit(f"{error} {e}")
+    except OSError as e:
+        sys.exit(f"{error} {e.filename or cfg.out}: {e.strerror}; finished files are whole: make room or mend it, then "
+                 "start the same command again")  # fmt: skip
+    except RuntimeError as e:
+        if "by peer" not in str(e):  # closed or reset: the process that was at fault tells why
+            raise
+        sys.exit(f"process {rank} ends because another one has: {e}"[:120])
+    dist.destroy_process_group()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    command()

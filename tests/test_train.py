@@ -31,6 +31,7 @@ from sample import read_rows
 SHARED = ROOT.parent / "shared" / "data"
 CHECKPOINT = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"}
 CHECKPOINT.add("tokenizer_config.json")
+NAMES = ("out", "data", "iters", "save_every")  # knobs that change no product
 LINES = ["prompts.jsonl", "candidates.jsonl", "judgements.jsonl", "pairs.jsonl"]
 
 
@@ -74,11 +75,12 @@ def metrics(out: Path, model: str = "") -> list[dict]:
 
 
 def products(out: Path) -> dict[str, bytes]:
-    """What a run has made, leftovers of torn writes aside; without what names the folder or the clock."""
-    found = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.suffix != ".tmp"}
+    """What a run has made, without work in hand (torn writes, chunks, checkpoints) and what names folder or clock."""
+    found = {p.relative_to(out): p for p in out.rglob("*") if p.is_file() and p.suffix not in (".tmp", ".part")}
+    found = {str(name): p.read_bytes() for name, p in found.items() if "checkpoint" not in name.parts}
     if "config.json" in found:
         config = json.loads(found["config.json"])
-        found["config.json"] = repr({k: v for k, v in config.items() if k not in ("out", "data", "iters")}).encode()
+        found["config.json"] = repr({k: v for k, v in config.items() if k not in NAMES}).encode()
     if "metrics.jsonl" in found:
         whole = [line for line in found["metrics.jsonl"].decode().splitlines(True) if line.endswith("\n")]
         rows = [json.loads(line) for line in whole]
@@ -214,6 +216,7 @@ def test_more_models_can_be_asked_of_a_finished_run(world, whole, tmp_path):
 
 DEATHS = [  # one after another, in the order in which a run comes by: each start gets as far as the next
     ("step", "SFT", 7),
+    ("checkpoint", "SFT", 8),
     ("save", "SFT", 0),
     ("sampling", "prompts for M2", 9),
     ("file", "M3/prompts.jsonl", 0),
@@ -237,10 +240,11 @@ DEATHS = [  # one after another, in the order in which a run comes by: each star
 
 
 def test_killed_in_every_chapter_and_started_again_a_run_ends_in_the_same_bytes(world, whole, tmp_path):
-    out, want = tmp_path / "run", products(whole)
+    out, want, said = tmp_path / "run", products(whole), ""
     for number, death in enumerate(DEATHS):
-        result = start(flags_of(world, out), tmp_path / f"log{number}", kill=death)
+        result = start(flags_of(world, out, "--save-every", 4), tmp_path / f"log{number}", kill=death)
         assert result.code == -9, (death, result.err)
+        said += result.out
         for file, content in products(out).items():  # what stands there is whole, and what it will be in the end
             folder = out / Path(file).parent
             if file == "metrics.jsonl":
@@ -251,13 +255,119 @@ def test_killed_in_every_chapter_and_started_again_a_run_ends_in_the_same_bytes(
     result = start(flags_of(world, out), tmp_path / "log")
     assert result.code == 0, result.err
     same(products(out), want)
-    assert not list(out.rglob("*.tmp"))  # the torn writes were written over
+    assert not [p for p in out.rglob("*") if p.suffix in (".tmp", ".part") or p.name == "checkpoint"]  # all tidied up
+    assert said.count("SFT: goes on after step 4 of 25") == 2 and said.count("M1: goes on after step 8 of 45") == 1
+    assert said.count("prompts for M3: 0 requests") == 1  # they had been written, the file had not
+    for step in range(1, 26):  # a step is taken again only after a kill, and only from the last checkpoint on
+        assert said.count(f"SFT step {step}/") == 1 + (step in (5, 6)) + (step in (5, 6, 7, 8)) + (step == 25), step
 
 
 def metrics_text(out: Path) -> list[dict]:
     """The whole lines of metrics.jsonl, where the last may be torn."""
     lines = [line for line in (out / "metrics.jsonl").read_text().splitlines(True) if line.endswith("\n")]
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def ready_to_sample(world, whole, out: Path) -> list[str]:
+    """Flags of a run that stands before M1's first responses, and cuts 9 prompts into chunks of 5 and 4."""
+    part_of(whole, out, "SFT/*", "M1/*", "M[23]/prompts.jsonl")
+    config = json.loads((out / "config.json").read_text()) | {"sample_batch": 2}
+    (out / "config.json").write_text(json.dumps(config))
+    return flags_of(world, out, "--sample-batch", 2, "--iters", 2)
+
+
+def test_sampling_goes_on_with_the_next_chunk(world, whole, tmp_path):
+    straight, out = tmp_path / "straight", tmp_path / "run"
+    assert start(ready_to_sample(world, whole, straight), tmp_path / "log").code == 0
+    flags, kept = ready_to_sample(world, whole, out), []
+    for number, (file, chunk) in enumerate((("candidates", 2), ("judgements", 3), ("exam", 2))):
+        kill = ("commit", f"M2/{file}.jsonl", chunk)
+        assert start(flags, tmp_path / f"log{number}", kill=kill).code == -9
+        lines = (out / f"M2/{file}.jsonl.part").read_text().splitlines(keepends=True)
+        assert len(lines) == chunk and not lines[-1].endswith("\n")  # the last is torn
+        kept.append(sum(len(json.loads(line)["rows"]) for line in lines[:-1]))
+    assert start(flags, tmp_path / "log3").code == 0
+    same(products(out), products(straight))
+    said = [(tmp_path / f"log{n}" / "rank0.out").read_text() for n in (1, 2, 3)]
+    assert kept == [5, 16, 8]  # and what is kept is not sampled again
+    assert "M1 responds: 5 of 9 rows are there" in said[0] and "M1 responds: 12 responses" in said[0]
+    assert "M1 judges: 16 of 27 rows are there" in said[1] and "M1 judges: 22 judgements" in said[1]
+    assert "M2 judges ranked answers: 8 of 9 rows" in said[2] and "M2 judges ranked answers: 2 judg" in said[2]
+
+
+def test_chunks_of_one_process_are_kept_by_two(world, whole, tmp_path):
+    flags = ready_to_sample(world, whole, tmp_path / "run")
+    assert start(flags, tmp_path / "log", kill=("commit", "M2/candidates.jsonl", 2)).code == -9
+    part = tmp_path / "run" / "M2" / "candidates.jsonl.part"
+    kept = json.loads(part.read_text().splitlines()[0])["made"]
+    stale = {"of": "0", "rows": [5, 99], "made": [kept[0] | {"id": 5}]}  # a chunk of other rows than these
+    part.write_text(part.read_text().splitlines(keepends=True)[0] + json.dumps(stale) + "\n")
+    result = start(flags, tmp_path / "log2", world=2)
+    assert result.codes == [0, 0], result.err
+    rows = read_rows(tmp_path / "run" / "M2" / "candidates.jsonl")
+    assert [(r["id"], r["k"]) for r in rows] == [(i, k) for i in range(9) for k in range(3)]
+    assert rows[: len(kept)] == kept and "M1 responds: 5 of 9 rows are there" in result.out
+
+
+# ---- asked to stop, and things that go wrong on the way ----------------------------------------------------
+
+
+def test_sigterm_to_one_of_two_processes_saves_the_step_and_one_process_goes_on_from_there(
+    world, one_process, tmp_path
+):
+    out = part_of(one_process, tmp_path / "run", "SFT/*", "M2/prompts.jsonl")
+    flags = flags_of(world, out, *UNEVEN, "--iters", 1)
+    result = start(flags, tmp_path / "log", world=2, kill=("step", "M1", 7, "term", "1"))
+    assert result.codes == [75, 75] and "Traceback" not in result.err, result.err
+    assert "the same command goes on" in result.out.splitlines()[-1]
+    assert [p.name for p in (out / "M1" / "checkpoint").iterdir()] == ["7"]
+    again = start(flags, tmp_path / "log2")
+    assert again.code == 0 and "M1: goes on after step 7 of 45" in again.out, again.err
+    close(metrics(out, "M1"), metrics(one_process, "M1"), ["loss", "grad_norm"], 1e-5)
+
+
+@pytest.mark.parametrize("act, code", [("term", 75), ("int", 130)])
+def test_asked_to_stop_a_sampling_run_ends_with_a_line_and_keeps_its_chunks(world, whole, tmp_path, act, code):
+    flags = ready_to_sample(world, whole, tmp_path / "run")
+    result = start(flags, tmp_path / "log", kill=("commit", "M2/candidates.jsonl", 1, act))
+    assert result.code == code and "the same command goes on" in result.out.splitlines()[-1] and not result.err
+    (line,) = read_rows(tmp_path / "run" / "M2" / "candidates.jsonl.part")
+    assert line["rows"] == [0, 1, 2, 3, 4]
+
+
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint_and_one_line(world, whole, tmp_path):
+    out, flags = tmp_path / "run", ("--iters", 1, "--save-every")
+    full = start(flags_of(world, out, *flags, 3), tmp_path / "log", kill=("step", "SFT", 5, "full"))
+    refused(full, out / "SFT" / "checkpoint" / "6.tmp", "cannot be written", "disk full", "make room")
+    full = start(flags_of(world, out, *flags, 99), tmp_path / "log2", kill=("step", "SFT", 25, "full"))
+    assert "SFT: goes on after step 3 of 25" in full.out
+    refused(full, out, "File too large", "make room")  # the weights
+    assert not (out / "SFT" / "config.json").exists() and (out / "SFT" / "checkpoint" / "3").exists()
+    assert metrics(run(world, out, *flags, 99)) == metrics(whole, "SFT") + metrics(whole, "M1")
+    ours = {name: content for name, content in products(out).items() if "/" in name}
+    same(ours, {name: content for name, content in products(whole).items() if name.startswith(("SFT/", "M1/"))})
+
+
+def test_checkpoints_of_another_training_and_damaged_ones_are_refused(world, whole, tmp_path):
+    out, flags = tmp_path / "run", ("--save-every", 3, "--iters", 1)
+    home, kept = out / "SFT" / "checkpoint", tmp_path / "kept"
+    assert start(flags_of(world, out, *flags), tmp_path / "log", kill=("step", "SFT", 5)).code == -9
+    shutil.move(home, kept)
+    identity = json.loads((kept / "3" / "training.json").read_text())
+    others = {"model": "M1", "steps": 26, "rows": "0", "dim": 64, "beta": 0.5, "": "cut short"}
+    for key, value in others.items():
+        shutil.copytree(kept, home, dirs_exist_ok=True)
+        if key:
+            (home / "3" / "training.json").write_text(json.dumps(identity | {key: value}))
+        else:
+            os.truncate(home / "3" / "__0_0.distcp", 1000)
+        with pytest.raises(BadInput) as e:
+            run(world, out, *flags)
+        what = f"another training, whose {key} is {value!r}" if key else "damaged or incomplete"
+        assert f"{home}/3: " in str(e.value) and what in str(e.value) and f"remove {home}" in str(e.value)
+    shutil.rmtree(home)  # as told: SFT is trained from its start
+    run(world, out, *flags)
+    assert (out / "M1/model.safetensors").read_bytes() == (whole / "M1/model.safetensors").read_bytes()
 
 
 # ---- many processes ----------------------------------------------------------------------------------------
@@ -619,7 +729,7 @@ EFFECTS = [  # a flag, another value, the first product that must change by it
     ("dtype", "bfloat16", "SFT/model.safetensors"),
     ("reference", "M1", "M3/pairs.jsonl"),
 ]
-NO_EFFECT = {"out", "iters", "sample_batch", "micro_batch", "max_prompt"}  # each has a test of its own
+NO_EFFECT = {"out", "iters", "sample_batch", "micro_batch", "max_prompt", "save_every"}  # each has a test of its own
 
 
 @pytest.mark.parametrize("flag, value, product", EFFECTS, ids=[e[0] for e in EFFECTS])
@@ -780,7 +890,8 @@ def test_a_judge_that_cannot_be_read_ends_the_run_in_one_line_with_everything_ke
 def test_prompts_that_the_writer_cannot_finish_are_counted_in_the_message(world, tmp_path):
     refused(start(flags_of(world, tmp_path / "run", "--max-prompt", 3), tmp_path / "log"), "only 0 of 9 new prompts",
             "cut by the length limit")  # fmt: skip
-    assert load(tmp_path / "run" / "SFT")[0].cfg.layers == 2 and not (tmp_path / "run" / "M2").exists()
+    assert load(tmp_path / "run" / "SFT")[0].cfg.layers == 2
+    assert {p.name for p in (tmp_path / "run" / "M2").iterdir()} == {"prompts.jsonl.part"}
 
 
 LONG = "What does the owl eat at night? " * 60
@@ -842,12 +953,33 @@ def test_optional_files_may_be_missing_and_are_named(world, tmp_path, capsys):
     assert {p.name for p in (out / "M1").iterdir()} == CHECKPOINT
 
 
-def test_torchrun_passes_the_error_line_and_the_status_on(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "train.py", "--data", "none"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert result.returncode == 1 and len(lines) == 1 and "none: no such folder" in lines[0]
-    assert 'train.py", line' not in result.stderr  # what else there is comes from torchrun
+RANK_1_FAILS = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+import sample, train
+from model import BadInput
+
+def respond(model, tok, rows, *, tick, **knobs):
+    while os.environ["RANK"] == "0":
+        tick(1, 0)
+        time.sleep(0.1)
+    raise BadInput("the texts of process 1 are lost; find them")
+
+sample.respond = respond
+train.command(sys.argv[1:])
+"""
+
+
+def test_torchrun_ends_all_processes_with_the_line_and_the_status_of_the_one_that_fails(world, whole, tmp_path):
+    """While another is in the middle of sampling, where it meets nobody; what else there is comes from torchrun."""
+    (tmp_path / "fails.py").write_text(RANK_1_FAILS.format(root=str(ROOT)))
+    out = part_of(whole, tmp_path / "run", "SFT/*", "M1/*", "M[23]/prompts.jsonl")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [tmp_path / "fails.py", *flags_of(world, out)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert result.returncode == 1 and lines == ["error on process 1: the texts of process 1 are lost; find them"]
+    assert 'train.py", line' not in result.stderr, result.stderr
 
 
 # ---- the real thing ----------------------------------------------------------------------------------------

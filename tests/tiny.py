@@ -4,14 +4,17 @@
 importing torch takes, which may die (`kill`), be one of several (`world`), or run train.py as a command (`argv`).
 """
 
+import inspect
 import json
 import multiprocessing
 import os
 import random
+import resource
 import runpy
 import signal
 import socket
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -114,19 +117,61 @@ def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_at(place: str, what: str, count: int):
-    """Arrange for this process to be killed: in the middle of step `count` of training model `what`, and so on."""
+def fill():
+    """From here on no file may grow beyond this: what a checkpoint or weights need, and rows do not."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+ACTS = {
+    "die": die,
+    "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "int": lambda: os.kill(os.getpid(), signal.SIGINT),
+    "full": fill,
+}
+
+
+def kill_at(place: str, what: str, count: int, act: str = "die", rank: str = ""):
+    """Arrange for this process to be killed: in the middle of step `count` of training model `what`, and so on.
+
+    `act` does something else to it than to kill it; `rank` alone is hit, or all are.
+    """
+    if rank and os.environ.get("RANK") != rank:
+        return
+    act = ACTS[act]
     if place == "step":  # half of the step's line in metrics.jsonl is written
         old = train.write_metrics
 
         def write_metrics(cfg, line):
             if (line["model"], line["step"]) == (what, count):
-                with (Path(cfg.out) / "metrics.jsonl").open("a") as f:
-                    f.write(json.dumps(line)[:30])
-                die()
+                if act is die:
+                    with (Path(cfg.out) / "metrics.jsonl").open("a") as f:
+                        f.write(json.dumps(line)[:30])
+                act()
             old(cfg, line)
 
         train.write_metrics = write_metrics
+    elif place == "checkpoint":  # all of the checkpoint at step `count` is written, but it is not in its place
+        old_json = train.write_json
+
+        def write_json(path, d):
+            old_json(path, d)
+            if path.name == "training.json" and (d["model"], d["step"]) == (what, count):
+                act()
+
+        train.write_json = write_json
+    elif place == "commit":  # half of the line of chunk `count` of the file `what` is written
+        old_commit, chunks = train.commit, [0]
+
+        def commit(cfg, file, line):
+            chunks[0] += file == what
+            if file == what and chunks[0] == count:
+                if act is die:
+                    with (Path(cfg.out) / (file + ".part")).open("a") as f:
+                        f.write(json.dumps(line)[: len(json.dumps(line)) // 2])
+                act()
+            old_commit(cfg, file, line)
+
+        train.commit = commit
     elif place == "save":  # the weights of model `what` are there, its config.json is not
         old_config = model.write_config
         model.write_config = lambda c, t, d, path: die() if path.parent.name == what else old_config(c, t, d, path)
@@ -141,7 +186,7 @@ def kill_at(place: str, what: str, count: int):
                 def tick(*counts):
                     left[0] -= 1
                     if name == what and left[0] == 0:
-                        die()
+                        act()
                     bar(*counts)
 
                 yield tick
@@ -170,6 +215,40 @@ def kill_at(place: str, what: str, count: int):
         raise ValueError(place)
 
 
+def trace(path: Path):
+    """Let this file hear of every chapter of main and every part of a chapter when it begins: a time and a name."""
+
+    def tell(name):
+        with path.open("a") as f:
+            f.write(f"{time.time()} {name}\n")
+
+    def told(work, name_of):
+        def wrapper(*args, **knobs):
+            tell(name_of(*args))
+            return work(*args, **knobs)
+
+        return wrapper
+
+    for name in train.main.__code__.co_names:
+        work = getattr(train, name, None)
+        if inspect.isfunction(work) and list(inspect.signature(work).parameters)[:2] == ["cfg", "mesh"]:
+            told_work = told(work, lambda *args, name=name: " ".join([name, *(a for a in args if isinstance(a, str))]))
+            setattr(train, name, told_work)
+    parts = {
+        "open_model": lambda *_: " loads",
+        "optimize": lambda *_: " steps",
+        "checkpoint": lambda *_: " writes a checkpoint",
+        "write_metrics": lambda _, line: f" step {line['step']}",
+        "save": lambda *_: " saves",
+        "put": lambda cfg, name, file, _: f" writes {file}",
+        "progress": lambda what, *_: f" {what}",
+        "commit": lambda *_: " commits",
+        "pair_logps": lambda *_: " log-probs of the reference",
+    }
+    for name, name_of in parts.items():
+        setattr(train, name, told(getattr(train, name), name_of))
+
+
 def job(argv, log, env, kill):
     """What a started process does: train.py with these flags, its output in files, until it ends or is killed."""
     for number, name in ((1, "out"), (2, "err")):
@@ -177,13 +256,15 @@ def job(argv, log, env, kill):
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     os.environ.update(env)
     torch.set_num_threads(1)
-    if kill:
+    if isinstance(kill, Path):
+        trace(kill) if env.get("RANK", "0") == "0" else None
+        train.command(argv)
+    elif kill:
         kill_at(*kill)
-        train.main(train.parse_args(argv))
+        train.command(argv)
     else:
         sys.argv = [str(ROOT / "train.py"), *argv]
         runpy.run_path(sys.argv[0], run_name="__main__")
-    train.dist.destroy_process_group() if train.dist.is_initialized() else None
 
 
 def free_port() -> int:
@@ -198,8 +279,11 @@ class Result:
         self.code = codes[0] if len(set(codes)) == 1 else None
 
 
-def start(argv, folder: Path, *, world: int = 1, kill=None, timeout: float = 120) -> Result:
-    """Run train.py with flags `argv` as one process or as the `world` processes of torchrun; wait for the end."""
+def start(argv, folder: Path, *, world: int = 1, kill=None, timeout: float = 120, watch=None) -> Result:
+    """Run train.py with flags `argv` as one process or as the `world` processes of torchrun; wait for the end.
+
+    `kill` is what kill_at takes, or the file of `trace`; watch(processes) may look on and kill from outside.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "tiny", "pytest", "numpy", "runpy"])
     ranks = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -210,6 +294,8 @@ def start(argv, folder: Path, *, world: int = 1, kill=None, timeout: float = 120
         logs.append(folder / f"rank{rank}")
         started.append(context.Process(target=job, args=(list(map(str, argv)), str(logs[-1]), env, kill)))
         started[-1].start()
+    if watch:
+        watch(started)
     for process in started:
         process.join(timeout)
     stuck = [p for p in started if p.is_alive()]
