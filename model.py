@@ -17,16 +17,20 @@ import pickle
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 import sentencepiece
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 
 class BadInput(Exception):
@@ -71,9 +75,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        h = x.float()  # the mean of squares overflows and rounds badly in half precision
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
-        return h.type_as(x) * self.weight
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x, weight, eps: float):
+    h = x.float()  # the mean of squares overflows and rounds badly in half precision
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return h.type_as(x) * weight
 
 
 def rope_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -479,18 +487,20 @@ def find_weights(folder: Path, meta: bool, want: dict[str, torch.Size]) -> dict[
 def copy_piece(p: nn.Parameter, shape: tuple, piece, number: int, by_columns: bool):
     """Copy piece `number` of a tensor that is cut into equal pieces to where it lies in p.
 
-    Of a sharded p each process holds some rows, dealt as torch.chunk does; it reads no others.
+    Of a sharded p each process holds a rectangle; of the piece it reads what lies in that, and nothing else.
     """
-    rows, first = p, 0
+    mine, start = p, [0] * p.dim()
     if isinstance(p, DTensor):
-        assert p.device_mesh.ndim == 1 and p.placements[0].is_shard(0), p.placements
-        rows, first = p.to_local(), p.device_mesh.get_local_rank() * -(-p.shape[0] // p.device_mesh.size())
-    top = 0 if by_columns else number * shape[0]
-    lo, hi = max(first, top), min(first + len(rows), top + shape[0])
-    if lo < hi:
-        rows = rows[lo - first : hi - first]
-        rows = rows.narrow(1, number * shape[1], shape[1]) if by_columns else rows
-        rows.copy_(piece[lo - top : hi - top])
+        mine, start = p.to_local(), p.__create_chunk_list__()[0].offsets
+    there = [number * n if i == by_columns else 0 for i, n in enumerate(shape)]
+    lo = [max(a, b) for a, b in zip(start, there, strict=True)]
+    hi = [min(a + n, b + m) for a, n, b, m in zip(start, mine.shape, there, shape, strict=True)]
+    if all(a < b for a, b in zip(lo, hi, strict=True)):
+
+        def part(origin):
+            return tuple(slice(a - o, b - o) for a, b, o in zip(lo, hi, origin, strict=True))
+
+        mine[part(start)].copy_(piece[part(there)])
 
 
 def halves(w: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -503,15 +513,8 @@ def some(names) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-@torch.no_grad()
-def load(
-    folder: str | os.PathLike, dtype=torch.float32, device="cpu", dropout=0.0, shard=None
-) -> tuple[Llama, Tokenizer]:
-    """Read a checkpoint folder, Hugging Face's or Meta's, into weights of `dtype`.
-
-    shard(model) is called while the model has no memory yet; then every process reads its own part of each tensor.
-    A process holds no more than its part of the model and the tensor at hand (of Meta's files: the block at hand).
-    """
+def read_shape(folder: str | os.PathLike) -> tuple[ModelConfig, Tokenizer, bool]:
+    """The sizes and the tokenizer of a checkpoint folder, and whether it is one of Meta's; no weight is touched."""
     folder = Path(folder)
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder; give the folder of a checkpoint (config.json, *.safetensors)")
@@ -524,6 +527,20 @@ def load(
             f"{tok.path}: has {tok.size} pieces but the checkpoint says vocab_size {cfg.vocab_size}; "
             "take the tokenizer.model that belongs to this checkpoint"
         )
+    return cfg, tok, meta
+
+
+@torch.no_grad()
+def load(
+    folder: str | os.PathLike, dtype=torch.float32, device="cpu", dropout=0.0, shard=None
+) -> tuple[Llama, Tokenizer]:
+    """Read a checkpoint folder, Hugging Face's or Meta's, into weights of `dtype`.
+
+    shard(model) is called while the model has no memory yet; then every process reads its own part of each tensor.
+    A process holds no more than its part of the model and the tensor at hand (of Meta's files: the block at hand).
+    """
+    cfg, tok, meta = read_shape(folder)
+    folder = Path(folder)
     with torch.device("meta"):
         model = Llama(cfg, dropout).to(dtype)
     where = find_weights(folder, meta, {hf_name(name): p.shape for name, p in model.named_parameters()})
@@ -655,18 +672,118 @@ def tokenizer_json(tok: Tokenizer) -> dict:
 # ---- many processes: applied from outside, in place --------------------------------------------------------
 
 
-def parallelize(model: Llama, mesh, dtype: torch.dtype):
-    """Shard the model over the dp axis of the mesh, block by block (FSDP2); master weights keep their type.
+class SumForward(torch.autograd.Function):
+    """Partial results of a tp group -> their sum. All ranks do the same with it, so each has its whole gradient."""
 
-    dtype is the type of compute; gradients are reduced in fp32. A block's parameters are gathered just before it
-    runs, so no rank ever holds the whole model while training.
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.mark_dirty(x)
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class SumBackward(torch.autograd.Function):
+    """The same value on all ranks of a tp group, of which each uses another part: the gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+def whole(norm: RMSNorm, mesh, x):
+    return SumBackward.apply(rms_norm(x, norm.weight.to_local(), norm.eps), mesh.get_group())
+
+
+def columns(linear: nn.Linear, mesh, x):
+    return F.linear(x, linear.weight.to_local())
+
+
+def rows(linear: nn.Linear, mesh, x):
+    return SumForward.apply(F.linear(x, linear.weight.to_local()), mesh.get_group())
+
+
+def look_up(embedding: nn.Embedding, mesh, tokens):
+    weight = embedding.weight.to_local()
+    at = tokens - mesh.get_local_rank() * len(weight)
+    here = (at >= 0) & (at < len(weight))  # (B, T)
+    return SumForward.apply(F.embedding(at * here, weight) * here[..., None], mesh.get_group())
+
+
+def logits(head: nn.Linear, mesh, x):
+    return DTensor.from_local(columns(head, mesh, x), mesh, [Shard(-1)]).full_tensor()
+
+
+# Tensor parallelism (Megatron-LM, Shoeybi et al. 2019): name of a module -> what each rank of a tp group holds of its
+# weight, and its forward with that. What enters and leaves a block is whole and equal on all ranks, to the last bit;
+# between columns and rows each rank works on heads and hidden units of its own. Norms join the mesh whole, or their
+# gradients could not be clipped together with the others.
+TP_PLAN = {
+    "embed_tokens": (Shard(0), look_up),  # of the vocabulary, as the head: they may be one matrix
+    "*norm": (Replicate(), whole),
+    "*.[qkv]_proj": (Shard(0), columns),
+    "*.o_proj": (Shard(1), rows),
+    "*.gate_proj": (Shard(0), columns),
+    "*.up_proj": (Shard(0), columns),
+    "*.down_proj": (Shard(1), rows),
+    "lm_head": (Shard(0), logits),
+}
+
+
+def check_tp(cfg: ModelConfig, tp: int, where):
+    """BadInput where the model of the checkpoint `where` cannot be dealt evenly to the ranks of a tp group."""
+    for what, count in (("heads", cfg.heads), ("key/value heads", cfg.kv_heads), ("hidden units (ffn)", cfg.ffn),
+                        ("tokens of vocabulary", cfg.vocab_size)):  # fmt: skip
+        if count % tp:
+            raise BadInput(f"{where}: {count} {what} cannot be dealt to {tp} processes; give a --tp that divides them")
+
+
+def parallelize(model: Llama, mesh, dtype: torch.dtype, recompute: bool = False, offload: bool = False):
+    """Deal the model to the mesh (replicate, dp, tp), in place; master weights keep their type.
+
+    tp splits every matrix, dp shards what is left block by block (FSDP2), replicate repeats all that. dtype is the
+    type of compute; gradients are reduced in fp32. A block's parameters are gathered just before it runs, so no rank
+    ever holds the whole model while training. recompute: activations inside a block are computed again in backward.
+    offload: shards and the optimizer's state live in the CPU's memory.
     """
+    if mesh["tp"].size() > 1:
+        for pattern, (held, forward) in TP_PLAN.items():
+            for module in (m for name, m in model.named_modules() if fnmatch(name, pattern)):
+                module.weight = nn.Parameter(distribute_tensor(module.weight, mesh["tp"], [held]))
+                module.forward = partial(forward, module, mesh["tp"])
+        if model.cfg.tied:
+            model.lm_head.weight = model.embed_tokens.weight
     # inputs are not cast, or every block would round the rotary angles it is handed
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    knobs = {
+        "mesh": mesh["replicate", "dp"] if mesh["replicate"].size() > 1 else mesh["dp"],
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy(),
+    }
     for block in model.layers:
-        fully_shard(block, mesh=mesh["dp"], mp_policy=policy)
+        if recompute:
+            block.forward = recomputed(block.forward)
+        fully_shard(block, **knobs)
     # by default the root stays gathered after a forward pass, and an optimizer made then would update copies
-    fully_shard(model, mesh=mesh["dp"], mp_policy=policy, reshard_after_forward=True)
+    fully_shard(model, reshard_after_forward=True, **knobs)
+
+
+def recomputed(forward):
+    """forward, keeping no more than its inputs for backward."""
+
+    def run(*args):
+        return checkpoint(forward, *args, use_reentrant=False) if torch.is_grad_enabled() else forward(*args)
+
+    return run
 
 
 @contextmanager

@@ -10,13 +10,14 @@ on as many processes as you like, and it goes on where it was stopped. One proce
 
 Exit codes: 0 done, 1 an error that one line explains, 75 stopped by SIGTERM and saved, 130 the same by Ctrl-C.
 
-Left out: tensor parallelism, selection of checkpoints by an outside judge.
+Left out: selection of checkpoints by an outside judge.
 """
 
 import argparse
 import hashlib
 import inspect
 import json
+import logging
 import math
 import os
 import random
@@ -45,7 +46,7 @@ from tqdm import tqdm
 import judge
 import sample
 from dpo import collate, preference_loss, sequence_logps, sft_loss
-from model import BadInput, gathered, load, parallelize, read_json, save, write_json, write_text
+from model import BadInput, check_tp, gathered, load, parallelize, read_json, read_shape, save, write_json, write_text
 from sample import alpaca_rows, read_rows
 
 
@@ -87,9 +88,13 @@ class Config:
     control: str = ""  # "shuffle": the scores of a prompt's candidates are shuffled; learning should then fail
     dtype: str = ""  # float32 or bfloat16, of compute; master weights are float32; empty: bfloat16 on a GPU
     save_dtype: str = "float32"  # of saved weights; bfloat16 halves them but rounds away part of a small step
+    tp: int = 1  # processes that share every matrix (tensor parallelism): neighbours, best in one machine
+    dp_replicate: int = 1  # copies of the sharded model (HSDP): one in each machine spares the network between them
+    recompute: bool = False  # a block's activations are computed again in the backward pass: less memory, more time
+    offload: bool = False  # master weights, their gradients and the optimizer's state lie in the CPU's memory
 
 
-FREE = ("out", "iters", "save_every")  # knobs that may change between two starts of a run
+FREE = ("out", "iters", "save_every", "tp", "dp_replicate", "recompute", "offload")  # may change between two starts
 CHUNK = 8  # batches of sequences that each process samples between two commits
 ASKED = []  # signals that have asked this process to stop; work in hand is brought to a safe end first
 
@@ -99,7 +104,7 @@ class Stopped(Exception):
 
 
 def main(cfg: Config):
-    mesh = start_processes()
+    mesh = start_processes(cfg)
     data = open_run(cfg)
     models = ["SFT", *(f"M{t}" for t in range(1, cfg.iters + 1))]
     seed_sft(cfg, mesh, data, "SFT", data["ift"])  # the baseline: instructions only
@@ -161,7 +166,7 @@ def write_prompts(cfg: Config, mesh, data: dict):
 
         of = digest(ids, keys)
         if of not in waves:  # the waves of an earlier start are not written again
-            drawn = spread(list(zip(range(len(ids)), ids, keys, strict=True)), work)
+            drawn = spread(cfg, list(zip(range(len(ids)), ids, keys, strict=True)), work)
             waves[of] = [ids for _, ids in sorted(drawn)]
             commit(cfg, f"M{t + 1}/prompts.jsonl", {"of": of, "made": waves[of]})
         return waves[of]
@@ -170,7 +175,7 @@ def write_prompts(cfg: Config, mesh, data: dict):
         waves = {line["of"]: line["made"] for line in committed(cfg, f"M{t + 1}/prompts.jsonl")}
         taken = [r["prompt"] for s in range(1, t) for r in read_rows(Path(cfg.out) / f"M{s + 1}" / "prompts.jsonl")]
         count = counts[min(t, len(counts)) - 1]
-        with gathered(model), progress(f"prompts for M{t + 1}", count, "requests") as bar:
+        with gathered(model), progress(cfg, mesh, f"prompts for M{t + 1}", count, "requests") as bar:
             prompts, tally = sample.propose(
                 write, tok, data["propose"], [r["prompt"] for r in data["ift"]], count,
                 key=(cfg.seed, t, "prompts"), taken=taken, held_out=data["held_out"], rouge=cfg.rouge,
@@ -188,14 +193,14 @@ def self_reward(cfg: Config, mesh, data: dict, start: str, end: str):
     prompts = read_rows(Path(cfg.out) / end / "prompts.jsonl", "prompt")
     if not done(cfg, end, "candidates.jsonl"):
         stage, file = (end, "responses"), f"{end}/candidates.jsonl"
-        drawn = respond(cfg, model, tok, prompts, f"{start} responds", stage, cfg.candidates, file)
+        drawn = respond(cfg, mesh, model, tok, prompts, f"{start} responds", stage, cfg.candidates, file)
         put(cfg, end, "candidates.jsonl", drawn)
     candidates = read_rows(Path(cfg.out) / end / "candidates.jsonl", empty=True)
     if not done(cfg, end, "judgements.jsonl"):
         texts = {p["id"]: p["prompt"] for p in prompts}
         asked = [c | {"prompt": texts[c["id"]]} for c in candidates]
         stage, file = (end, "judgements"), f"{end}/judgements.jsonl"
-        put(cfg, end, "judgements.jsonl", score(cfg, model, tok, data, asked, f"{start} judges", stage, file))
+        put(cfg, end, "judgements.jsonl", score(cfg, mesh, model, tok, data, asked, f"{start} judges", stage, file))
     judgements = read_rows(Path(cfg.out) / end / "judgements.jsonl", empty=True)
     scores = judge.mean_scores(judgements)
     if cfg.control == "shuffle":
@@ -228,7 +233,7 @@ def sampling(cfg: Config, stage: tuple) -> dict:
     return {"key": (cfg.seed, *stage), "temperature": cfg.temperature, "top_p": cfg.top_p, "batch": cfg.sample_batch}
 
 
-def in_chunks(cfg: Config, model, rows: list[dict], what: str, unit: str, file: str, each: int, work) -> list[dict]:
+def in_chunks(cfg: Config, mesh, model, rows: list[dict], what: str, unit: str, file: str, each: int, work):
     """What work(rows, tick) makes of rows, `each` sequences of a row, on all processes.
 
     A finished chunk is committed beside `file`, and a later start goes on with the next. Chunks, not rows: a logit's
@@ -236,20 +241,20 @@ def in_chunks(cfg: Config, model, rows: list[dict], what: str, unit: str, file: 
     """
     kept = [c for c in committed(cfg, file) if c["of"] == digest([rows[i] for i in c["rows"] if i < len(rows)])]
     found, there = [row for c in kept for row in c["made"]], {i for c in kept for i in c["rows"]}
-    left, size = [i for i in range(len(rows)) if i not in there], CHUNK * cfg.sample_batch * dist.get_world_size()
+    left, size = [i for i in range(len(rows)) if i not in there], CHUNK * cfg.sample_batch * replica(cfg)[1]
     chunks = [left[at : at + max(1, size // each)] for at in range(0, len(left), max(1, size // each))]
     if there:
         log(f"{what}: {len(there)} of {len(rows)} rows are there from an earlier start")
-    with gathered(model), progress(what, len(left) * each, unit) as bar:
+    with gathered(model), progress(cfg, mesh, what, len(left) * each, unit) as bar:
         for chunk in chunks:
             asked = [rows[i] for i in chunk]
-            made = spread(asked, lambda mine: work(mine, bar))
+            made = spread(cfg, asked, lambda mine: work(mine, bar))
             commit(cfg, file, {"of": digest(asked), "rows": chunk, "made": made})
             found += made
     return sorted(found, key=lambda r: (r["id"], r["k"], r.get("vote", 0)))
 
 
-def respond(cfg: Config, model, tok, rows: list[dict], what: str, stage: tuple, n: int, file: str) -> list[dict]:
+def respond(cfg: Config, mesh, model, tok, rows: list[dict], what: str, stage: tuple, n: int, file: str) -> list[dict]:
     """n responses to each prompt, on all processes; prompts that leave no room for one are left out and counted."""
     most = limit(cfg.max_response, model)
     fit = [r for r in rows if len(tok.chat(r["prompt"])) + most <= model.cfg.max_len]
@@ -259,17 +264,17 @@ def respond(cfg: Config, model, tok, rows: list[dict], what: str, stage: tuple, 
     def work(mine, bar):
         return sample.respond(model, tok, mine, n=n, max_new=most, tick=bar, **sampling(cfg, stage))
 
-    return in_chunks(cfg, model, fit, what, "responses", file, n, work)
+    return in_chunks(cfg, mesh, model, fit, what, "responses", file, n, work)
 
 
-def score(cfg: Config, model, tok, data: dict, rows: list[dict], what: str, stage: tuple, file: str) -> list[dict]:
+def score(cfg: Config, mesh, model, tok, data: dict, rows: list[dict], what: str, stage: tuple, file: str):
     """The model's judgements of responses, on all processes."""
     knobs = sampling(cfg, stage) | {"votes": cfg.votes, "max_new": limit(cfg.max_judgement, model)}
 
     def work(mine, bar):
         return judge.score(model, tok, data["judge_template"], mine, tick=bar, **knobs)
 
-    found = in_chunks(cfg, model, rows, what, "judgements", file, cfg.votes, work)
+    found = in_chunks(cfg, mesh, model, rows, what, "judgements", file, cfg.votes, work)
     missing = len(rows) - len(found) // cfg.votes
     if missing:
         log(f"{what}: {missing} of {len(rows)} responses are empty or leave no room for the judge; they have no score")
@@ -313,7 +318,8 @@ def examine(cfg: Config, mesh, data: dict, name: str):
     model, tok = open_model(cfg, mesh, Path(cfg.out) / name)
     if "test.jsonl" in todo:
         rows = [{"id": i, "prompt": r["prompt"]} for i, r in enumerate(data["test"])]
-        answers = respond(cfg, model, tok, rows, f"{name} answers the test prompts", ("test",), 1, f"{name}/test.jsonl")
+        what, file = f"{name} answers the test prompts", f"{name}/test.jsonl"
+        answers = respond(cfg, mesh, model, tok, rows, what, ("test",), 1, file)
         answers = [rows[a["id"]] | a for a in answers]
         if dist.get_rank() == 0:
             texts = [(a["prompt"], a["response"]) for a in answers]
@@ -323,7 +329,7 @@ def examine(cfg: Config, mesh, data: dict, name: str):
         asked = [{"id": i, "k": k, "prompt": row["prompt"], "response": text}
                  for i, row in enumerate(data["exam"]) for k, text in enumerate(row["responses"])]  # fmt: skip
         what, file = f"{name} judges ranked answers", f"{name}/exam.jsonl"
-        put(cfg, name, "exam.jsonl", score(cfg, model, tok, data, asked, what, ("exam",), file))
+        put(cfg, name, "exam.jsonl", score(cfg, mesh, model, tok, data, asked, what, ("exam",), file))
 
 
 # ---- the optimisation loop, one for both losses ------------------------------------------------------------
@@ -350,14 +356,14 @@ def optimize(cfg: Config, model, name, plan, examples, *, pack, loss, units, lr:
         for group in optimizer.param_groups:
             group["lr"] = rate
         total, sums, tokens = sum(units(examples[i]) for i in batch), Counter(), 0
-        torch.manual_seed(random.Random(repr((cfg.seed, name, step, dist.get_rank()))).getrandbits(62))  # dropout
-        for rows, weight in micro_batches(batch, cfg.micro_batch):
+        torch.manual_seed(random.Random(repr((cfg.seed, name, step, replica(cfg)[0]))).getrandbits(62))  # dropout
+        for rows, weight in micro_batches(cfg, batch):
             tensors = pack([examples[i] for i in rows])
             value, shown = loss(model, *tensors)
-            (value * weight * dist.get_world_size() / total).backward()  # FSDP takes the mean over processes
+            (value * weight * replica(cfg)[1] / total).backward()  # FSDP takes the mean over replicas
             sums.update({k: v.item() * weight / total for k, v in shown.items()})
             tokens += tensors[0].numel()
-        sums = reduced(sums)
+        sums = reduced(sums, cfg.tp)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         if not math.isfinite(sums["loss"] + norm):
@@ -457,15 +463,15 @@ def batches(sizes: list[int], batch: int, epochs: int, key: tuple) -> list[list[
     return plan
 
 
-def micro_batches(batch: list[int], micro: int) -> list[tuple[list[int], float]]:
-    """This process's rows of a batch, `micro` at a time, with their weight.
+def micro_batches(cfg: Config, batch: list[int]) -> list[tuple[list[int], float]]:
+    """This process's rows of a batch, `micro_batch` at a time, with their weight.
 
-    All processes get equally many, or collectives would hang: who has no rows left repeats one with weight 0.
+    All replicas get equally many, or collectives would hang: who has no rows left repeats one with weight 0.
     """
-    world = dist.get_world_size()
-    mine = batch[dist.get_rank() :: world]
+    (place, count), micro = replica(cfg), cfg.micro_batch
+    mine = batch[place::count]
     cut = [(mine[at : at + micro], 1.0) for at in range(0, len(mine), micro)]
-    return cut + [(batch[:1], 0.0)] * (-(-len(batch) // (world * micro)) - len(cut))
+    return cut + [(batch[:1], 0.0)] * (-(-len(batch) // (count * micro)) - len(cut))
 
 
 def pair_examples(tok, pairs: list[dict]) -> list[tuple]:
@@ -493,7 +499,7 @@ def pair_logps(cfg: Config, mesh, model, examples, plan) -> dict[int, tuple[floa
     found = []
     for batch in plan:
         stop_if_asked()
-        for rows, weight in micro_batches(batch, cfg.micro_batch):
+        for rows, weight in micro_batches(cfg, batch):
             tokens, targets, _ = pack_pairs([examples[i] for i in rows], mesh.device_type)
             logps = sequence_logps(model, tokens, targets).tolist()
             if weight:
@@ -548,6 +554,8 @@ def open_run(cfg: Config) -> dict:
             raise BadInput(f"{data}/eft.jsonl: judgement {number} has no readable `Score: n` at its end; mend it")
     if cfg.writer and not Path(cfg.writer).is_dir():
         raise BadInput(f"{cfg.writer}: no such folder; --writer names the checkpoint that writes the new prompts")
+    for checkpoint in filter(None, (cfg.init, cfg.writer) if cfg.tp > 1 else ()):
+        check_tp(read_shape(checkpoint)[0], cfg.tp, checkpoint)
     for file, what in (("eft.jsonl", "M1 learns from ift.jsonl alone"), ("test.jsonl", "models are not compared"),
                        ("eft_eval.jsonl", "judges are not examined")):  # fmt: skip
         if not (data / file).exists():
@@ -645,8 +653,8 @@ def shuffled(scores: dict[tuple, float], key: tuple) -> dict[tuple, float]:
 # ---- processes ---------------------------------------------------------------------------------------------
 
 
-def start_processes():
-    """Join the processes that torchrun started, or be a world of one; returns the mesh (dp, tp)."""
+def start_processes(cfg: Config):
+    """Join the processes that torchrun started, or be a world of one; returns the mesh (replicate, dp, tp)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -655,15 +663,28 @@ def start_processes():
         dist.init_process_group(backend, timeout=timedelta(days=1))  # ranks may finish their texts hours apart
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return init_device_mesh(device, (dist.get_world_size(), 1), mesh_dim_names=("dp", "tp"))
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # it warns of what tp cannot do in one go
+    world, whole = dist.get_world_size(), cfg.dp_replicate * cfg.tp
+    if world % whole:
+        raise BadInput(f"{world} processes are not a multiple of {whole}, --dp-replicate {cfg.dp_replicate} times "
+                       f"--tp {cfg.tp}; start another number of them or change these")  # fmt: skip
+    shape = (cfg.dp_replicate, world // whole, cfg.tp)
+    return init_device_mesh(device, shape, mesh_dim_names=("replicate", "dp", "tp"))
+
+
+def replica(cfg: Config) -> tuple[int, int]:
+    """Which rows are ours: our place among the tp groups, and their number. The ranks of a group do the same rows."""
+    return dist.get_rank() // cfg.tp, dist.get_world_size() // cfg.tp
 
 
 def open_model(cfg: Config, mesh, folder):
-    """Load a checkpoint into fp32 master weights, on the device, sharded over the processes."""
+    """Load a checkpoint into fp32 master weights, on the device, dealt to the processes."""
     dtype = getattr(torch, cfg.dtype or ("bfloat16" if mesh.device_type == "cuda" else "float32"))
     plain = mesh.size() == 1 and mesh.device_type == "cpu" and dtype == torch.float32  # nothing to shard or to cast
-    shard = None if plain else partial(parallelize, mesh=mesh, dtype=dtype)
-    model, tok = load(folder, torch.float32, mesh.device_type, cfg.dropout, shard)
+    shard = partial(parallelize, mesh=mesh, dtype=dtype, recompute=cfg.recompute, offload=cfg.offload)
+    device = "cpu" if cfg.offload else mesh.device_type
+    shard = None if plain and not (cfg.recompute or cfg.offload) else shard
+    model, tok = load(folder, torch.float32, device, cfg.dropout, shard)
     return model.eval(), tok
 
 
@@ -674,13 +695,14 @@ def share(rows: list) -> list:
     return [row for part in parts for row in part]
 
 
-def spread(rows: list, work) -> list:
-    """Deal rows to the processes, work on them apart, and bring the results together, in no particular order."""
+def spread(cfg: Config, rows: list, work) -> list:
+    """Deal rows to the replicas, work on them apart, and bring the results together, in no particular order."""
+    place, count = replica(cfg)
     try:
-        made = work(rows[dist.get_rank() :: dist.get_world_size()])
+        made = work(rows[place::count])
     except Stopped:  # here, so far: the others hear of it when they are done
         made = []
-    made = share(made)
+    made = share(made if dist.get_rank() % cfg.tp == 0 else [])
     stop_if_asked()
     return made
 
@@ -695,11 +717,11 @@ def stop_if_asked():
         raise Stopped
 
 
-def reduced(sums: dict[str, float]) -> dict[str, float]:
-    """Sums over all processes."""
+def reduced(sums: dict[str, float], tp: int = 1) -> dict[str, float]:
+    """Sums over all processes; those of a tp group have the same numbers, which count once."""
     values = torch.tensor(list(sums.values()), dtype=torch.float64)
     dist.all_reduce(values)
-    return dict(zip(sums, values.tolist(), strict=True))
+    return dict(zip(sums, (values / tp).tolist(), strict=True))
 
 
 def log(text: str):
@@ -713,21 +735,24 @@ def quiet() -> bool:
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str):
+def progress(cfg: Config, mesh, what: str, total: int, unit: str):
     """A bar with rate and time left in a terminal (of the first process), and one line at the end (of all)."""
     began, counts = time.time(), {"tokens": 0, "finished": 0}
-    mine = -(-total // dist.get_world_size())
+    mine = -(-total // replica(cfg)[1])
     with tqdm(total=mine, desc=what, unit=f" {unit}", disable=quiet()) as bar:
 
         def tick(tokens: int, finished: int):
-            if ASKED:
+            asked = torch.tensor(len(ASKED))
+            if cfg.tp > 1:  # a group stops as one, or some of it would wait for the others' part of the next token
+                dist.all_reduce(asked, group=mesh["tp"].get_group())
+            if asked:
                 raise Stopped
             counts["tokens"] += tokens
             counts["finished"] += finished
             bar.update(finished)
 
         yield tick
-    counts, seconds = reduced(counts), time.time() - began
+    counts, seconds = reduced(counts, cfg.tp), time.time() - began
     log(f"{what}: {counts['finished']:,.0f} {unit}, {counts['tokens']:,.0f} tokens in {seconds:.1f} s "
         f"({counts['tokens'] / seconds:,.0f} tok/s)")  # fmt: skip
 
@@ -741,14 +766,16 @@ def parse_args(argv: list[str] | None = None) -> Config:
     helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
     parser = argparse.ArgumentParser(description="Self-Rewarding Language Models: M0 -> M1 -> M2 -> M3.")
     for f in fields(Config):
-        parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, help=f"{helps[f.name]} ({f.default!r})",
-                            default=argparse.SUPPRESS)  # fmt: skip
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        parser.add_argument("--" + f.name.replace("_", "-"), help=f"{helps[f.name]} ({f.default!r})",
+                            default=argparse.SUPPRESS, **kind)  # fmt: skip
     given = vars(parser.parse_args(argv))
     path = Path(given.get("data", Config.data)) / "recipe.json"
     recipe = read_json(path) if path.exists() else {}
     for key, value in recipe.items():
         kind = Config.__dataclass_fields__[key].type if key in helps else None
-        if kind is None or isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+        fits = isinstance(value, (int, float) if kind is float else kind or ())
+        if not fits or isinstance(value, bool) != (kind is bool):
             raise BadInput(f"{path}: {key!r}: {value!r} is no knob or has the wrong type; see train.py --help")
     return checked(replace(Config(), **recipe | given))
 
@@ -762,6 +789,7 @@ def checked(cfg: Config) -> Config:
         (min(cfg.votes, cfg.batch, cfg.micro_batch, cfg.sample_batch) >= 1, "votes and batches are at least 1"),
         (cfg.save_every >= 1, "--save-every counts updates and is at least 1"),
         (min(cfg.sft_epochs, cfg.dpo_epochs) >= 1, "epochs are at least 1"),
+        (min(cfg.tp, cfg.dp_replicate) >= 1, "--tp and --dp-replicate are at least 1"),
         (min(cfg.max_prompt, cfg.max_response, cfg.max_judgement) >= 1, "lengths are at least 1 token"),
         (min(cfg.temperature, cfg.writer_temperature) >= 0, "temperatures are 0 (greedy) or more"),
         (0 <= cfg.length_guard < 1, "--length-guard lies in [0, 1)"),

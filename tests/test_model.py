@@ -11,14 +11,17 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import bench_memory
 import pytest
 import sentencepiece
+import tiny
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import ROOT, random_net
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import model as model_py
@@ -108,7 +111,7 @@ def test_the_named_sizes_have_the_published_number_of_parameters(name, count):
 @pytest.fixture
 def mesh():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "tp"))
+    yield init_device_mesh("cpu", (1, 1, 1), mesh_dim_names=("replicate", "dp", "tp"))
     dist.destroy_process_group()
 
 
@@ -125,6 +128,34 @@ def test_rope_angles_of_a_bf16_model_are_fp32_where_they_are_used(net, mesh, mon
     low.to(torch.bfloat16) if policy == "cast" else parallelize(low, mesh, torch.bfloat16)
     low(ids(net.cfg, 1, 5))
     assert set(seen) == {(torch.bfloat16, torch.float32, torch.float32)}
+
+
+def test_recomputation_gives_the_same_gradients_of_activations_made_twice(cfg, mesh, monkeypatch):
+    calls, old = [], model_py.attend
+    monkeypatch.setattr(model_py, "attend", lambda *args: calls.append(1) or old(*args))
+    tokens, grads = ids(cfg, 2, 9), []
+    for recompute, layers in ((False, 2), (True, 4)):
+        low = random_net(cfg, dropout=0.1)
+        parallelize(low, mesh, torch.float32, recompute)
+        torch.manual_seed(0)
+        calls.clear()
+        low(tokens).square().sum().backward()
+        assert len(calls) == layers
+        grads.append([p.grad.full_tensor() for p in low.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    calls.clear()
+    with torch.no_grad():
+        low(tokens)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_offloaded_shards_lie_in_the_cpus_memory(cfg, mesh, monkeypatch, offload):
+    """On a CPU there is nothing to see: what is asked of FSDP must do."""
+    asked = []
+    monkeypatch.setattr(model_py, "fully_shard", lambda module, **knobs: asked.append(knobs["offload_policy"]))
+    parallelize(Llama(cfg), mesh, torch.float32, offload=offload)
+    assert [type(a) is CPUOffloadPolicy for a in asked] == [offload] * 3
 
 
 def test_rope_angles_are_true_at_position_4095():
@@ -527,53 +558,27 @@ def test_loading_and_saving_again_gives_the_same_bytes(small70b, tok, tmp_path, 
         shutil.rmtree(tmp_path / "a"), shutil.rmtree(tmp_path / "b")
 
 
-WORKER = """
-import sys
-from functools import partial
-import torch
-import torch.distributed as dist
-import model
-rank, world, folder, sources = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:]
-model.SHARD_BYTES = 500_000
-dist.init_process_group("gloo", store=dist.FileStore(folder + "/store", world), rank=rank, world_size=world)
-mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (world, 1), mesh_dim_names=("dp", "tp"))
-for number, source in enumerate(sources):
-    dist.barrier()
-    net, tok = model.load(source, shard=partial(model.parallelize, mesh=mesh, dtype=torch.float32))
-    plain, _ = model.load(source)
-    assert sum(p.to_local().numel() for p in net.parameters()) < 0.6 * sum(p.numel() for p in plain.parameters())
-    for (name, p), q in zip(net.named_parameters(), plain.parameters(), strict=True):
-        assert p.requires_grad and torch.equal(p.full_tensor(), q), name
-    tokens = torch.arange(20)[None] % tok.size
-    assert torch.allclose(net(tokens), plain(tokens), atol=1e-5)
-    model.save(net, tok, f"{folder}/saved{number}", torch.bfloat16, write=rank == 0)
-dist.barrier()
-dist.destroy_process_group()
-"""
-
-
 def script(text, *args):
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, "-c", text, *map(str, args)], env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
 
-def test_two_processes_load_and_save_their_shards_as_one_does_the_whole(cfg, small70b, tok, tmp_path, monkeypatch):
+@pytest.mark.parametrize("processes, tp", [(2, 1), (2, 2), (4, 2)])
+def test_processes_load_and_save_their_shards_as_one_does_the_whole(cfg, small70b, tok, tmp_path, monkeypatch, processes, tp):  # fmt: skip  # noqa: E501
     sources = [write_meta(tmp_path / "meta", small70b, tok, 8)]
-    for name, shape in (("odd", {"dim": 40, "ffn": 49, "layers": 3}), ("tied", {"tied": True})):
+    for name, shape in (("odd", {"dim": 40, "ffn": 49 * tp, "layers": 3}), ("tied", {"tied": True})):
         save(random_net(replace(cfg, **shape)), tok, tmp_path / name)
         sources.append(tmp_path / name)
-    workers = [script(WORKER, rank, 2, tmp_path, *sources) for rank in range(2)]
-    for worker in workers:
-        _, err = worker.communicate(timeout=120)
-        assert worker.returncode == 0, err
+    codes = tiny.together(tiny.check_shards, [(rank, processes, tp, tmp_path, sources) for rank in range(processes)])
+    assert codes == [0] * processes
     monkeypatch.setattr(model_py, "SHARD_BYTES", 500_000)
     for number, source in enumerate(sources):
         save(*load(source), tmp_path / "one", torch.bfloat16)
-        one, two = (
+        one, ours = (
             {f.name: f.read_bytes() for f in x.iterdir()} for x in (tmp_path / "one", tmp_path / f"saved{number}")
         )
-        assert one == two
+        assert one == ours
         shutil.rmtree(tmp_path / "one")
 
 
@@ -830,6 +835,26 @@ def test_gathering_a_model_that_is_not_sharded_changes_nothing(net):
     assert torch.equal(net(tokens), want)
     with pytest.raises(ZeroDivisionError), gathered(net):
         1 / 0  # noqa: B018
+
+
+def test_the_memory_bench_finds_the_parts_that_can_be_counted_by_hand(tmp_path):
+    """The toy on four fake processes, each with half of half of every matrix and half of the norms."""
+    argv = ["--config", "toy", "--gpus", "4", "--tp", "2", "--rows", "2", "--length", "128", "--json"]
+    cases = [argv + [str(tmp_path / name), "--cases", *rest]
+             for name, *rest in (("plain", "sft,sample"), ("recompute", "sft", "--recompute"))]  # fmt: skip
+    assert tiny.together(bench_memory.main, [(case,) for case in cases]) == [0, 0]
+    rows = {r["case"]: r["bytes"] for r in json.loads((tmp_path / "plain").read_text())}
+    matrices = 2 * 1024 * 160 + 4 * (160 * 160 * 2 + 80 * 160 * 2 + 3 * 160 * 432)
+    held = matrices // 4 + 9 * 160 // 2
+    for case in rows.values():
+        assert case["weights"] == 4 * held and sum(case.values()) == 2 * case["total"], case
+    assert rows["sft"]["optimizer"] == pytest.approx(2 * 4 * held, rel=1e-3)
+    assert rows["sft"].get("gradients", 0) <= 4 * held
+    assert rows["sample"]["gathered"] == 2 * (matrices // 2 + 9 * 160)
+    assert rows["sample"]["kv cache"] == 2 * 4 * 2 * 128 * 1 * 40 * 2  # k and v, layers, rows, tokens, head, hd, bf16
+    assert rows["sample"]["activations"] >= 0
+    (less,) = json.loads((tmp_path / "recompute").read_text())
+    assert less["bytes"]["activations"] < 0.7 * rows["sft"]["activations"]
 
 
 def test_a_saved_checkpoint_can_be_read_by_whoever_may_read_the_users_other_files(net, tok, tmp_path):

@@ -8,11 +8,12 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ from tiny import ROOT, start, write_rows
 import judge
 import sample
 import train
-from model import BadInput, load
+from model import BadInput, ModelConfig, check_tp, load
 from sample import read_rows
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -312,18 +313,25 @@ def test_chunks_of_one_process_are_kept_by_two(world, whole, tmp_path):
 # ---- asked to stop, and things that go wrong on the way ----------------------------------------------------
 
 
+@pytest.mark.parametrize("tp", [1, 2])
 def test_sigterm_to_one_of_two_processes_saves_the_step_and_one_process_goes_on_from_there(
-    world, one_process, tmp_path
+    world, one_process, tmp_path, tp
 ):
     out = part_of(one_process, tmp_path / "run", "SFT/*", "M2/prompts.jsonl")
     flags = flags_of(world, out, *UNEVEN, "--iters", 1)
-    result = start(flags, tmp_path / "log", world=2, kill=("step", "M1", 7, "term", "1"))
+    result = start([*flags, "--tp", tp], tmp_path / "log", world=2, kill=("step", "M1", 7, "term", "1"))
     assert result.codes == [75, 75] and "Traceback" not in result.err, result.err
     assert "the same command goes on" in result.out.splitlines()[-1]
     assert [p.name for p in (out / "M1" / "checkpoint").iterdir()] == ["7"]
     again = start(flags, tmp_path / "log2")
-    assert again.code == 0 and "M1: goes on after step 7 of 45" in again.out, again.err
+    assert again.code == 0 and "M1: goes on after step 7 of 18" in again.out, again.err
     close(metrics(out, "M1"), metrics(one_process, "M1"), ["loss", "grad_norm"], 1e-5)
+
+
+def test_a_tensor_parallel_group_of_which_one_process_is_asked_to_stop_stops_as_one(world, whole, tmp_path):
+    flags = [*ready_to_sample(world, whole, tmp_path / "run"), "--tp", 2]
+    result = start(flags, tmp_path / "log", world=2, kill=("sampling", "M1 responds", 30, "term", "1"), timeout=60)
+    assert result.codes == [75, 75] and not result.err, result.err
 
 
 @pytest.mark.parametrize("act, code", [("term", 75), ("int", 130)])
@@ -381,7 +389,8 @@ def close(a: list[dict], b: list[dict], keys, tolerance: float):
 
 
 # batch 5 over two processes: 3 and 2 rows, in micro-batches of 2 and 1 against 2; the last batch of an epoch is 1 row
-UNEVEN = ("--dropout", 0, "--batch", 5, "--micro-batch", 2, "--sft-lr", 2e-4, "--dpo-lr", 2e-4, "--iters", 2)
+UNEVEN = ("--dropout", 0, "--batch", 5, "--micro-batch", 2, "--sft-lr", 2e-4, "--dpo-lr", 2e-4, "--iters", 2,
+          "--sft-epochs", 2, "--dpo-epochs", 5)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -389,22 +398,46 @@ def one_process(world):
     return run(world, world.folder / "one", *UNEVEN)
 
 
-def test_two_processes_take_the_same_steps_as_one(world, one_process, tmp_path):
+LAYOUTS = {  # number of processes and how they share the model
+    "dp 2": (2, ()),
+    "tp 2": (2, ("--tp", 2)),
+    "dp 2 x tp 2": (4, ("--tp", 2, "--recompute")),
+    "2 copies x dp 2": (4, ("--dp-replicate", 2, "--offload")),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_processes_take_the_same_steps_as_one(world, one_process, tmp_path, layout):
+    """Also, of pairs that one process has made, each layout computes the reference anew, equal to its own policy's
+    log-probs to the last bit."""
+    processes, flags = LAYOUTS[layout]
     sizes = [len(b) for b in train.batches([1] * 21, 5, 1, (0,))]
     assert sorted(sizes) == [1, 5, 5, 5, 5]
-    out = part_of(one_process, tmp_path / "run", "M2/*s.jsonl")  # one process made the pairs that both learn from
-    result = start(flags_of(world, out, *UNEVEN), tmp_path / "log", world=2)
-    assert result.codes == [0, 0], result.err
-    for model, keys in (("SFT", ["loss"]), ("M1", ["loss"]), ("M2", ["loss", "margin", "logp_chosen", "nll"])):
+    out = part_of(one_process, tmp_path / "run", "SFT/*", "M2/[!p]*s.jsonl", "M2/prompts.jsonl")
+    result = start(flags_of(world, out, *UNEVEN, *flags), tmp_path / "log", world=processes)
+    assert result.codes == [0] * processes and result.err == "", result.err
+    for model, keys in (("M1", ["loss"]), ("M2", ["loss", "margin", "logp_chosen", "nll"])):
+        assert len(metrics(out, model)) >= 10
         close(metrics(out, model), metrics(one_process, model), [*keys, "grad_norm"], 1e-5)
-    assert metrics(out, "M2")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    for model in ("SFT", "M1", "M2"):
+    first = metrics(out, "M2")[0]
+    assert first["margin"] == first["reward_chosen"] == first["reward_rejected"] == 0
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    for model in ("M1", "M2"):
         (ours, _), (theirs, _) = (load(folder / model) for folder in (out, one_process))
         for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
             assert (a - b).abs().max() < 1e-4, (model, name)
 
 
-def test_two_processes_write_the_same_rows_as_one_and_lose_none(world, one_process, tmp_path):
+def test_the_processes_of_a_tensor_parallel_group_drop_the_same_activations(world, whole, tmp_path):
+    """Every hidden unit is on both, so both must drop what one process alone drops."""
+    flags = flags_of(world, tmp_path / "run", "--tp", 2)
+    result = start(flags, tmp_path / "log", world=2, kill=("step", "SFT", 6))
+    assert result.codes == [-9, -9]
+    close(metrics_text(tmp_path / "run"), metrics(whole, "SFT")[:5], ["loss", "grad_norm"], 1e-4)
+
+
+@pytest.mark.parametrize("layout", ["dp 2", "tp 2"])
+def test_two_processes_write_the_same_rows_as_one_and_lose_none(world, one_process, tmp_path, layout):
     """Of equal weights: 9 prompts, 27 candidates, 3 * 3 ranked answers fall unevenly to two processes.
 
     Their batches differ, so logits differ in the last bits, and a draw that falls between may take the next token:
@@ -413,7 +446,7 @@ def test_two_processes_write_the_same_rows_as_one_and_lose_none(world, one_proce
     out = part_of(one_process, tmp_path / "run", "SFT/[cmt]*", "M1/[cmt]*")
     for name in ("SFT", "M1"):
         (out / name / "test.jsonl").unlink()
-    result = start(flags_of(world, out, *UNEVEN), tmp_path / "log", world=2)
+    result = start(flags_of(world, out, *UNEVEN, *LAYOUTS[layout][1]), tmp_path / "log", world=2)
     assert result.codes == [0, 0], result.err
     files = [f"M2/{f}" for f in LINES] + [f"{m}/{f}" for m in ("SFT", "M1") for f in ("test.jsonl", "exam.jsonl")]
     for file in files:
@@ -425,7 +458,7 @@ def test_two_processes_write_the_same_rows_as_one_and_lose_none(world, one_proce
             row.pop("reference_chosen", 0), row.pop("reference_rejected", 0)
         assert sum(a != b for a, b in zip(ours, theirs, strict=True)) <= len(theirs) / 50, file
     assert not list(out.rglob("*.tmp"))
-    assert result.out.count("M1 responds: ") == 1  # one of them speaks and writes
+    assert result.out.count("M1 responds: ") == result.out.count("M1 responds: 27 responses, ") == 1  # one speaks
 
 
 def test_a_process_without_rows_waits_for_the_others(world, one_process, tmp_path):
@@ -483,7 +516,7 @@ def test_processes_share_a_batch_in_equally_many_micro_batches(monkeypatch, worl
             batch, seen, counts = random.Random(length).sample(range(100), length), Counter(), set()
             for rank in range(world_size):
                 monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
-                cut = train.micro_batches(batch, micro)
+                cut = train.micro_batches(replace(train.Config(), micro_batch=micro), batch)
                 counts.add(len(cut))
                 assert all(0 < len(rows) <= micro and set(rows) <= set(batch) and w in (0, 1) for rows, w in cut)
                 seen.update(i for rows, weight in cut for i in rows if weight)
@@ -556,10 +589,11 @@ def test_dpo_starts_at_ln_2_with_margins_of_zero_and_moves(watched, model):
     assert abs(second["loss"] - math.log(2)) > 1e-5 and second["margin"] != 0
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_in_bfloat16_and_sharded_dpo_starts_at_ln_2_and_moves_every_tensor(world, tmp_path, processes):
+@pytest.mark.parametrize("processes, tp", [(1, 1), (2, 1), (2, 2)])
+def test_in_bfloat16_and_sharded_dpo_starts_at_ln_2_and_moves_every_tensor(world, tmp_path, processes, tp):
     """Policy and reference agree to the last bit, and nobody leaves gathered copies of weights to the optimizer."""
-    flags = ("--dropout", 0, "--dtype", "bfloat16", "--save-dtype", "bfloat16", "--dpo-lr", 1e-2, "--iters", 2)
+    flags = ("--dropout", 0, "--dtype", "bfloat16", "--save-dtype", "bfloat16", "--dpo-lr", 1e-2, "--iters", 2,
+             "--sft-epochs", 2, "--tp", tp)  # fmt: skip
     result = start(flags_of(world, tmp_path / "run", *flags), tmp_path / "log", world=processes)
     assert set(result.codes) == {0}, result.err
     first = metrics(tmp_path / "run", "M2")[0]
@@ -672,8 +706,8 @@ VALUES = {"save_dtype": "bfloat16", "prompts": "3,4", "reference": "M1", "contro
 
 @pytest.mark.parametrize("field", fields(train.Config), ids=lambda f: f.name)
 def test_every_flag_parses_to_the_type_of_its_field(field):
-    text = VALUES.get(field.name, {int: "7", float: "0.25", str: "x"}[field.type])
-    argv = [*NOWHERE, "--" + field.name.replace("_", "-"), text]
+    text = VALUES.get(field.name, {int: "7", float: "0.25", str: "x", bool: "yes"}[field.type])
+    argv = [*NOWHERE, "--" + field.name.replace("_", "-"), *([text] if field.type is not bool else [])]
     cfg = train.parse_args(argv)
     value = getattr(cfg, field.name)
     assert type(value) is field.type and value == field.type(text) != field.default
@@ -730,6 +764,7 @@ EFFECTS = [  # a flag, another value, the first product that must change by it
     ("reference", "M1", "M3/pairs.jsonl"),
 ]
 NO_EFFECT = {"out", "iters", "sample_batch", "micro_batch", "max_prompt", "save_every"}  # each has a test of its own
+NO_EFFECT |= {"tp", "dp_replicate", "recompute", "offload"}
 
 
 @pytest.mark.parametrize("flag, value, product", EFFECTS, ids=[e[0] for e in EFFECTS])
@@ -807,6 +842,38 @@ def test_bad_data_is_named_by_file_and_line(world, tmp_path, case):
     assert not (tmp_path / "run").exists()
 
 
+BAD_TP = {  # what groups of three cannot share: the world's model has 4 heads, 2 key heads, ffn 96, 420 tokens
+    "heads": ({}, "4 heads"),
+    "key heads": ({"heads": 3, "kv_heads": 1}, "1 key/value heads"),
+    "ffn": ({"heads": 3, "kv_heads": 3, "ffn": 100}, "100 hidden units"),
+    "vocabulary": ({"heads": 3, "kv_heads": 3, "vocab_size": 421}, "421 tokens"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TP)
+def test_a_model_that_cannot_be_dealt_to_the_processes_is_refused_by_the_number(case):
+    shape, words = BAD_TP[case]
+    shape = ModelConfig(**tiny.SHAPE | {"vocab_size": 420} | shape)
+    with pytest.raises(BadInput, match=f"base: {re.escape(words)}.* 3 processes.*--tp"):
+        check_tp(shape, 3, "base")
+    check_tp(shape, 1, "base")
+
+
+@pytest.mark.parametrize("who", ["init", "writer"])
+def test_three_processes_cannot_share_four_heads_and_write_nothing(world, tmp_path, who):
+    """Nor can a writer of another shape than M0, which would only be loaded after hours of SFT."""
+    shutil.copytree(world.base, tmp_path / "misfit")
+    config = json.loads((world.base / "config.json").read_text()) | {"num_attention_heads": 3, "num_key_value_heads": 3}
+    base = tmp_path / "divisible"
+    shutil.copytree(world.base, base)
+    (base / "config.json").write_text(json.dumps(config))
+    flags = {"init": (), "writer": ("--init", base, "--writer", tmp_path / "misfit")}[who]
+    result = start(flags_of(world, tmp_path / "run", *flags, "--tp", 3), tmp_path / "log", world=3)
+    assert result.code == 1 and not (tmp_path / "run").exists()
+    said = result.err.splitlines()
+    assert len(said) == 3 and all("4 heads" in line and "3 processes" in line for line in said), result.err
+
+
 BAD_FLAGS = {
     "no data folder": (["--data", "{tmp}/none"], ["{tmp}/none", "no such folder"], 1),
     "no checkpoint": (["--init", "{tmp}/none"], ["{tmp}/none", "no such folder"], 1),
@@ -821,6 +888,9 @@ BAD_FLAGS = {
     "a reference that never comes": (["--reference", "M9"], ["--reference"], 1),
     "a guard over all scores": (["--length-guard", "1"], ["--length-guard"], 1),
     "a control that is none": (["--control", "flip"], ["--control"], 1),
+    "half a tensor-parallel group": (["--tp", "2"], ["1 processes", "--tp 2"], 1),
+    "half a copy": (["--dp-replicate", "2"], ["1 processes", "--dp-replicate 2"], 1),
+    "no process": (["--tp", "0"], ["--tp"], 1),
     "unknown flag": (["--bogus", "1"], ["--bogus"], 2),
     "not a number": (["--iters", "three"], ["--iters"], 2),
 }

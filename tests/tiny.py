@@ -1,6 +1,6 @@
 """A tiny world for tests/test_train.py: a 2-layer base that writes questions, rows to learn from, and clean processes.
 
-`jobs` starts processes by a fork server that has imported train once: a fresh process without the seconds that
+`start` starts processes by a fork server that has imported train once: a fresh process without the seconds that
 importing torch takes, which may die (`kill`), be one of several (`world`), or run train.py as a command (`argv`).
 """
 
@@ -16,10 +16,12 @@ import socket
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import sentencepiece
 import torch
+import torch.distributed as dist
 
 import judge
 import model
@@ -179,8 +181,8 @@ def kill_at(place: str, what: str, count: int, act: str = "die", rank: str = "")
         old_progress = train.progress
 
         @contextmanager
-        def progress(name, *rest):
-            with old_progress(name, *rest) as bar:
+        def progress(cfg, mesh, name, *rest):
+            with old_progress(cfg, mesh, name, *rest) as bar:
                 left = [count]
 
                 def tick(*counts):
@@ -241,7 +243,7 @@ def trace(path: Path):
         "write_metrics": lambda _, line: f" step {line['step']}",
         "save": lambda *_: " saves",
         "put": lambda cfg, name, file, _: f" writes {file}",
-        "progress": lambda what, *_: f" {what}",
+        "progress": lambda cfg, mesh, what, *_: f" {what}",
         "commit": lambda *_: " commits",
         "pair_logps": lambda *_: " log-probs of the reference",
     }
@@ -279,29 +281,68 @@ class Result:
         self.code = codes[0] if len(set(codes)) == 1 else None
 
 
-def start(argv, folder: Path, *, world: int = 1, kill=None, timeout: float = 120, watch=None) -> Result:
-    """Run train.py with flags `argv` as one process or as the `world` processes of torchrun; wait for the end.
+def together(target, arguments: list[tuple], timeout: float = 120, watch=None) -> list[int | None]:
+    """Run target(*arguments[i]) in process i, all at once; returns their exit codes, None for one that was stuck.
 
-    `kill` is what kill_at takes, or the file of `trace`; watch(processes) may look on and kill from outside.
+    watch(processes) may look on and kill from outside.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "tiny", "pytest", "numpy", "runpy"])
-    ranks = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    folder.mkdir(parents=True, exist_ok=True)
-    started, logs = [], []
-    for rank in range(world):
-        env = ranks | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
-        logs.append(folder / f"rank{rank}")
-        started.append(context.Process(target=job, args=(list(map(str, argv)), str(logs[-1]), env, kill)))
-        started[-1].start()
+    started = [context.Process(target=target, args=args) for args in arguments]
+    for process in started:
+        process.start()
     if watch:
         watch(started)
+    end = time.time() + timeout
     for process in started:
-        process.join(timeout)
-    stuck = [p for p in started if p.is_alive()]
-    for process in stuck:
+        process.join(max(0, end - time.time()))
+    codes = [p.exitcode for p in started]
+    for process in started:
         process.kill()
         process.join()
-    texts = [["".join(Path(f"{log}.{name}").read_text() for log in logs)] for name in ("out", "err")]
-    assert not stuck, f"did not end in {timeout} s: {texts}"
-    return Result([p.exitcode for p in started], texts[0][0], texts[1][0])
+    return codes
+
+
+def start(argv, folder: Path, *, world: int = 1, kill=None, timeout: float = 120, watch=None) -> Result:
+    """Run train.py with flags `argv` as one process or as the `world` processes of torchrun; wait for the end.
+
+    `kill` is what kill_at takes, or the file of `trace`; `watch` as in `together`.
+    """
+    ranks = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    folder.mkdir(parents=True, exist_ok=True)
+    logs, arguments = [folder / f"rank{rank}" for rank in range(world)], []
+    for rank, log in enumerate(logs):
+        env = ranks | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
+        arguments.append((list(map(str, argv)), str(log), env, kill))
+    codes = together(job, arguments, timeout, watch)
+    out, err = ("".join(Path(f"{log}.{name}").read_text() for log in logs) for name in ("out", "err"))
+    assert None not in codes, f"did not end in {timeout} s: {out} {err}"
+    return Result(codes, out, err)
+
+
+def check_shards(rank: int, world: int, tp: int, folder: Path, sources: list[Path]):
+    """One of `world` processes that load each source dealt to a mesh, compare it with the whole, and save it."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world)
+    names = ("replicate", "dp", "tp")
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1, world // tp, tp), mesh_dim_names=names)
+    model.SHARD_BYTES = 500_000
+    for number, source in enumerate(sources):
+        dist.barrier()
+        net, tok = model.load(source, shard=partial(model.parallelize, mesh=mesh, dtype=torch.float32))
+        plain, _ = model.load(source)
+        held, count = (sum(p.numel() for p in ps) for ps in ([p.to_local() for p in net.parameters()],
+                                                             plain.parameters()))  # fmt: skip
+        assert held < 1.1 * count / world, (held, count)
+        for (name, p), q in zip(net.named_parameters(), plain.parameters(), strict=True):
+            assert p.requires_grad and torch.equal(p.full_tensor(), q), name
+        tokens = torch.arange(20)[None] % tok.size
+        with torch.no_grad(), model.gathered(net):
+            ours = net(tokens)
+        assert torch.allclose(ours, plain(tokens), atol=1e-5 * ours.abs().max())
+        all_ranks = [torch.empty_like(ours) for _ in range(world)]
+        dist.all_gather(all_ranks, ours)
+        assert all(torch.equal(ours, other) for other in all_ranks)  # ranks of a tp group draw the same tokens
+        model.save(net, tok, f"{folder}/saved{number}", torch.bfloat16, write=rank == 0)
+    dist.barrier()
+    dist.destroy_process_group()
