@@ -219,9 +219,11 @@ def eft_rows(ranked: list[dict], judgements: list[dict], most: int, key: tuple) 
     agreeing, dropped = accept(ranked, judgements)
     kept, thinned = thin(agreeing, most, key)
     before, after = (dict(sorted(Counter(f"{j['score']:g}" for j in js).items())) for js in (agreeing, kept))
+    replies = sum(len(row["responses"]) for row in ranked)
     report = {
         "ranked_prompts": len(ranked),
-        "replies": sum(len(row["responses"]) for row in ranked),
+        "replies": replies,
+        "not_judged": replies - len({(j["id"], j["k"]) for j in judgements}),
         "judgements": len(judgements),
         "kept": len(kept),
         "dropped": dict((dropped + thinned).most_common()),

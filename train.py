@@ -162,11 +162,11 @@ def write_eft(cfg: Config, mesh, data: dict) -> list[dict]:
             write_json(folder / "eft_report.json", report)
         log(f"M1: EFT {report}")
         if not rows:
-            remedy = "give a better --init" if judgements else "shorten the judge template or the replies"
+            remedy = "give a better --init" if judgements else "shorten the judge template"
             raise BadInput(
                 f"{folder}: of {len(judgements)} judgements of {report['replies']} ranked replies none can be learned "
-                f"from: {report['dropped']}; {remedy}, write {cfg.data}/eft.jsonl yourself, or take another --out "
-                "with --eft-size 0"
+                f"from: {report['dropped'] or 'no reply leaves room for the judge'}; {remedy}, write "
+                f"{cfg.data}/eft.jsonl yourself, or take another --out with --eft-size 0"
             )
         put(cfg, "M1", "eft.jsonl", rows)
     return read_rows(folder / "eft.jsonl", "prompt", "response", "judgement")
@@ -607,7 +607,9 @@ def done(cfg: Config, name: str, file: str) -> bool:
     """Is this product there? Files appear whole or not at all, so being there is being finished."""
     stop_if_asked()  # and nobody looks before all are here
     tidy(cfg)
-    return (Path(cfg.out) / name / file).exists()
+    there = (Path(cfg.out) / name / file).exists()
+    dist.barrier()  # nobody makes it before all have looked
+    return there
 
 
 def put(cfg: Config, name: str, file: str, rows: list[dict]):

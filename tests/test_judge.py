@@ -443,8 +443,8 @@ def test_rows_and_report_of_eft_add_up_and_every_target_parses_back_to_its_score
 def test_judgements_of_nothing_give_no_row_and_a_report():
     assert eft_rows([ranking(0, 1)], [], 9, (0,)) == (
         [],
-        {"ranked_prompts": 1, "replies": 2, "judgements": 0, "kept": 0, "dropped": {}, "scores_before": {},
-         "scores_after": {}},
+        {"ranked_prompts": 1, "replies": 2, "not_judged": 2, "judgements": 0, "kept": 0, "dropped": {},
+         "scores_before": {}, "scores_after": {}},
     )  # fmt: skip
 
 

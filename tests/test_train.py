@@ -672,7 +672,7 @@ VERDICTS = {  # prompt -> two judgements of each of its three replies, which peo
 KEPT = [(0, 0, "Good.\nScore: 5"), (0, 1, "Score: 3"), (0, 2, "Score: 3"), (1, 0, "Score: 4"), (1, 1, "Score: 4"),
         (1, 2, "Score: 3"), (5, 0, "Score: 3"), (5, 2, "Score: 1")]  # fmt: skip
 REPORT = {
-    "ranked_prompts": 12, "replies": 36, "judgements": 70, "kept": 6,
+    "ranked_prompts": 12, "replies": 36, "not_judged": 1, "judgements": 70, "kept": 6,
     "dropped": {"no readable verdict": 44, "against the people's order": 8, "parts no replies that people part": 6,
                 "an earlier try agrees": 2, "most common score": 2, "alone in its try": 1,
                 "goes on after its verdict": 1},
@@ -783,7 +783,8 @@ def test_eft_rows_of_a_real_judge_survive_deaths_and_another_number_of_processes
     assert result.code == 0, result.err
     same(products(tmp_path / "run"), want)
     out = part_of(tmp_path / "whole", tmp_path / "two", "SFT/*")
-    result = start(flags_of(world, out, *few, data=ranked_world), tmp_path / "log2", world=2)
+    late = ("late", "eft.jsonl", 1)  # and they agree on what is done, however long each takes to look
+    result = start(flags_of(world, out, *few, data=ranked_world), tmp_path / "log2", world=2, kill=late, timeout=60)
     assert result.codes == [0, 0], result.err
     ours, theirs = (read_rows(folder / "M1/eft_judgements.jsonl") for folder in (out, tmp_path / "whole"))
     assert len(ours) == len(theirs) and sum(a != b for a, b in zip(ours, theirs, strict=True)) <= len(ours) / 50
@@ -1142,10 +1143,19 @@ def test_real_llama_weights_and_open_assistant_rows(world, tmp_path):
     source = SHARED / "oasst" / "en_100_tree.jsonl"
     prepare = [sys.executable, "data/oasst/prepare.py", str(source), "--out", str(data)]
     subprocess.run(prepare, cwd=ROOT, check=True, capture_output=True, timeout=60)
+    (tmp_path / "judge.txt").write_text("User: {prompt}\nAnswer: {response}\nReasons, then Score: <0 to 5>")
     flags = {"init": SHARED / "stories260K" / "hf", "data": data, "out": out, "iters": 2, "prompts": 4, "batch": 8,
-             "max-prompt": 48, "candidates": 2, "votes": 1, "max-response": 32, "max-judgement": 16, "sft-lr": 1e-3,
-             "sft-epochs": 2, "writer-temperature": 0.8}  # fmt: skip
+             "judge-template": tmp_path / "judge.txt", "sample-batch": 64, "max-prompt": 48, "candidates": 2,
+             "votes": 1, "max-response": 32, "max-judgement": 16, "sft-lr": 1e-3, "sft-epochs": 2,
+             "writer-temperature": 0.8}  # fmt: skip
     argv = [x for key, value in flags.items() for x in (f"--{key}", value)]
+    result = start(argv, tmp_path / "log0")  # it tells stories and cannot judge
+    refused(result, "M1: of ", "judgements of 71 ranked replies none can be learned from", "no readable verdict")
+    report, said = json.loads((out / "M1/eft_report.json").read_text()), read_rows(out / "M1/eft_judgements.jsonl")
+    assert report["dropped"] == {"no readable verdict": len(said)} and report["kept"] == 0 and len(said) > 20
+    assert report["replies"] - report["not_judged"] == len(said) and report["ranked_prompts"] == 22
+    rows = read_rows(data / "ift.jsonl")[:9]
+    write_rows(data / "eft.jsonl", [r | {"response": "Yes.", "judgement": "Score: 1"} for r in rows])
     result = start(argv, tmp_path / "log")
     lines = metrics(out, "SFT")
     half = len(lines) // 2

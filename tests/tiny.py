@@ -214,6 +214,14 @@ def kill_at(place: str, what: str, count: int, act: str = "die", rank: str = "")
             return die() if calls[0] == count else old_logps(*args)
 
         train.sequence_logps = sequence_logps
+    elif place == "late":  # no death: all processes but the first look `count` seconds late for the file `what`
+        old_exists = Path.exists
+
+        def exists(path):
+            time.sleep(count if path.name == what and os.environ.get("RANK") != "0" else 0)
+            return old_exists(path)
+
+        Path.exists = exists
     else:
         raise ValueError(place)
 
