@@ -415,7 +415,8 @@ def test_rows_and_report_of_eft_add_up_and_every_target_parses_back_to_its_score
         judgements += tries_of(i, *tries)
     agreeing, _ = accept(ranked, judgements)
     rows, report = eft_rows(ranked, judgements, 150, (0,))
-    assert report["judgements"] == len(judgements) == 3 * report["replies"] and report["ranked_prompts"] == 300
+    assert report["judgements"] == len(judgements) == 3 * report["replies"]
+    assert (report["ranked_prompts"], report["not_judged"]) == (300, 0)
     assert report["kept"] == len(rows) == 150 and report["kept"] + sum(report["dropped"].values()) == len(judgements)
     assert set(report["dropped"]) == {
         AGAINST,

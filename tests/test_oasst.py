@@ -460,6 +460,8 @@ def test_the_division_hangs_on_texts_and_seed_and_not_on_the_order_of_the_file(r
     once = sides(run(roots, "--holdout", 0.2, out="1"))
     assert once == sides(run(roots[::-1], "--holdout", 0.2, out="2")) != sides(run(roots, "--seed", 1, out="3"))
     held = {row["prompt"] for row in rows_of(run.dir / "1" / "eft_eval.jsonl")}
+    few = [sides(run(r, "--ift-size", 9, "--eft-size", 9, out=f"few{i}")) for i, r in enumerate((roots, roots[::-1]))]
+    assert few[0] == few[1] and len(few[0][0]) == 9
     assert min(map(len, once)) > 5 and len(held | once[0] | once[1]) == len(held) + sum(map(len, once)) == 60
 
 
@@ -527,6 +529,7 @@ BAD_EXCLUDES = {
     "object of another kind": (b'[{"prompt": "a"}, {"turns": []}]', ": item 2: no text in instruction or prompt"),
     "null": (b'{"instruction": null}', ":1: no text in instruction or prompt"),
     "a number": (b'{"prompt": 7}', ":1: no text in instruction or prompt"),
+    "a blank": (b'["a", " "]', ": item 2: no text in instruction or prompt"),
     "numbers": (b"[1]", ": item 1: no text in instruction or prompt"),
     "gzip cut short": (gzip.compress(b'["a"]')[:-9], ":1: gzip data cut short"),
 }
