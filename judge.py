@@ -230,10 +230,11 @@ def eft_rows(ranked: list[dict], judgements: list[dict], most: int, key: tuple) 
         "scores_before": before,
         "scores_after": after,
     }
-    rows = [(ranked[j["id"]], j) for j in kept]
-    return [
-        {"prompt": r["prompt"], "response": r["responses"][j["k"]], "judgement": j["text"]} for r, j in rows
-    ], report
+    rows = []
+    for j in kept:
+        row = ranked[j["id"]]
+        rows.append({"prompt": row["prompt"], "response": row["responses"][j["k"]], "judgement": j["text"]})
+    return rows, report
 
 
 # ---- agreement with people (section 3.1 and Table 4) -------------------------------------------------------

@@ -169,7 +169,7 @@ def write_eft(cfg: Config, mesh, data: dict) -> list[dict]:
                 f"{cfg.data}/eft.jsonl yourself, or take another --out with --eft-size 0"
             )
         put(cfg, "M1", "eft.jsonl", rows)
-    return read_rows(folder / "eft.jsonl", "prompt", "response", "judgement")
+    return read_rows(folder / "eft.jsonl")
 
 
 def write_prompts(cfg: Config, mesh, data: dict):

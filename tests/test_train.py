@@ -658,7 +658,7 @@ def ranked_world(world, tmp_path_factory):
     """A data folder with human rankings and without eft.jsonl, as prepare.py makes it of Open Assistant."""
     rng = random.Random(1)
     ranked = tiny.rankings(rng, list(dict.fromkeys(tiny.question(rng) for _ in range(24)))[:12])
-    ranked[11]["responses"][2] = ""  # is not judged
+    ranked[5]["responses"][2], ranked[11]["responses"][2] = " ", ""  # a blank is judged, nothing is not
     return variant(world, tmp_path_factory.mktemp("ranked"), {"eft.jsonl": None, "eft_ranked.jsonl": ranked})
 
 
