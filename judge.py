@@ -214,8 +214,8 @@ def thin(judgements: list[dict], most: int, key: tuple) -> tuple[list[dict], Cou
 
 
 def eft_rows(ranked: list[dict], judgements: list[dict], most: int, key: tuple) -> tuple[list[dict], dict]:
-    """Judgements of ranked replies -> at most `most` rows {"prompt", "response", "judgement"}, and a report in which
-    kept and dropped add up to the judgements."""
+    """Judgements, beside the replies they judge -> at most `most` rows {"prompt", "response", "judgement"}, and a
+    report in which kept and dropped add up to the judgements."""
     agreeing, dropped = accept(ranked, judgements)
     kept, thinned = thin(agreeing, most, key)
     before, after = (dict(sorted(Counter(f"{j['score']:g}" for j in js).items())) for js in (agreeing, kept))
@@ -230,11 +230,7 @@ def eft_rows(ranked: list[dict], judgements: list[dict], most: int, key: tuple) 
         "scores_before": before,
         "scores_after": after,
     }
-    rows = []
-    for j in kept:
-        row = ranked[j["id"]]
-        rows.append({"prompt": row["prompt"], "response": row["responses"][j["k"]], "judgement": j["text"]})
-    return rows, report
+    return [{"prompt": j["prompt"], "response": j["response"], "judgement": j["text"]} for j in kept], report
 
 
 # ---- agreement with people (section 3.1 and Table 4) -------------------------------------------------------

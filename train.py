@@ -150,13 +150,17 @@ def write_eft(cfg: Config, mesh, data: dict) -> list[dict]:
     that people have ranked, where it orders them as people do (section 3.1)."""
     if not data["ranked"] or done(cfg, "M1", "config.json"):
         return data["eft"]
-    folder = Path(cfg.out) / "M1"
+    folder, asked = Path(cfg.out) / "M1", {(r["id"], r["k"]): r for r in replies(data["ranked"])}
     if not done(cfg, "M1", "eft_judgements.jsonl"):
         model, tok = open_model(cfg, mesh, Path(cfg.out) / "SFT")
-        found = score(cfg, model, tok, data, replies(data["ranked"]), "SFT writes EFT judgements", ("eft",))
-        put(cfg, "M1", "eft_judgements.jsonl", found)
+        what, file = "SFT writes EFT judgements", "M1/eft_judgements.jsonl"
+        found = score(cfg, model, tok, data, list(asked.values()), what, ("eft",), file)
+        put(cfg, "M1", "eft_judgements.jsonl", [asked[j["id"], j["k"]] | j for j in found])
     if not done(cfg, "M1", "eft.jsonl"):
         judgements = read_rows(folder / "eft_judgements.jsonl", empty=True)
+        if any(j != j | asked.get((j["id"], j["k"]), {"id": None}) for j in judgements):
+            raise BadInput(f"{folder}/eft_judgements.jsonl: judges other replies than those of {cfg.data}/"
+                           "eft_ranked.jsonl; remove it and start again")  # fmt: skip
         rows, report = judge.eft_rows(data["ranked"], judgements, cfg.eft_size, (cfg.seed, "eft"))
         if dist.get_rank() == 0:
             write_json(folder / "eft_report.json", report)

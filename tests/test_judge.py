@@ -307,11 +307,12 @@ def tries_of(ident, *tries):
     """Judgements of a prompt's replies: each try has one verdict a reply; a text is the whole judgement."""
     texts = [[v if isinstance(v, str) else f"Because of {k}.\nScore: {v}" for k, v in enumerate(t)] for t in tries]
     return [
-        {"id": ident, "k": k, "vote": vote, "text": text, "score": parse_score(text)}
+        {"id": ident, "k": k, "prompt": f"p{ident}", "response": f"reply {k}",
+         "vote": vote, "text": text, "score": parse_score(text)}
         for k, column in enumerate(zip(*texts, strict=True))
         for vote, text in enumerate(column)
         if text
-    ]
+    ]  # fmt: skip
 
 
 AGAINST, TIED, ALONE = "against the people's order", "parts no replies that people part", "alone in its try"

@@ -713,6 +713,7 @@ def test_m1_learns_from_what_the_baseline_says_in_agreement_with_people(world, r
     assert all(torch.equal(p, baseline[name]) for name, p in asked[0][0].state_dict().items())
     said = read_rows(out / "M1" / "eft_judgements.jsonl")
     assert [(j["id"], j["k"], j["vote"]) for j in said] == [(*at, vote) for at in inputs for vote in range(2)]
+    assert all(j["response"] == replies[j["id"], j["k"]] and j["prompt"] == ranked[j["id"]]["prompt"] for j in said)
 
     report = json.loads((out / "M1" / "eft_report.json").read_text())
     assert report == REPORT and report["kept"] + sum(report["dropped"].values()) == report["judgements"] == len(said)
@@ -755,6 +756,10 @@ def test_a_judge_that_agrees_with_nobody_ends_the_run_and_eft_rows_of_ones_own_h
     refused(again, *words)
     assert "SFT writes EFT judgements" not in again.out  # they are there
     same(products(tmp_path / "run"), before)
+    ranked = read_rows(data / "eft_ranked.jsonl")
+    for other in (ranked[1:], [ranked[0] | {"prompt": "Another?"}, *ranked[1:]]):
+        write_rows(data / "eft_ranked.jsonl", other)
+        refused(start(flags, tmp_path / "log"), "M1/eft_judgements.jsonl: judges other replies", "remove it")
     shutil.copy(world.data / "eft.jsonl", data)
     result = start(flags, tmp_path / "log3")
     assert result.code == 0, result.err
