@@ -64,17 +64,21 @@ MARKER = re.compile(r"score[\s*_]*:[\s*_<\[(`$]*", re.IGNORECASE)
 POINTS = re.compile(r"(\d+(?:\.\d+)?)(?![.,]?\d|[ \t]*[-\u2013]\s*\d)(?:\s*(?:/|out of)\s*(\d+))?", re.IGNORECASE)
 
 
+def find_verdict(text: str) -> re.Match | None:
+    """Where the points of the last `Score:` stand, if they are readable and of 0 to 5."""
+    ends = [m.end() for m in MARKER.finditer(text)]
+    found = POINTS.match(text, ends[-1]) if ends else None
+    return found if found and found[2] in (None, "5") and float(found[1]) <= 5 else None
+
+
 def parse_score(text: str) -> float | None:
     """The verdict of a judgement: 0 to 5, or None where it cannot be read, which is never the same as a 0.
 
     Give it generated text only. The last `Score:` decides: "Score: 2 ... Score: 4" is 4.0, "**Score:** 4/5" is
     4.0, "Score: 10", "Score: five" and "Score: 4/10" are None.
     """
-    ends = [m.end() for m in MARKER.finditer(text)]
-    found = POINTS.match(text, ends[-1]) if ends else None
-    if not found or found[2] not in (None, "5") or float(found[1]) > 5:
-        return None
-    return float(found[1])
+    found = find_verdict(text)
+    return float(found[1]) if found else None
 
 
 def score(
@@ -152,6 +156,81 @@ def prefer(
                 }
             )
     return pairs, tally
+
+
+# ---- judgements worth learning from: EFT (section 3.1) -----------------------------------------------------
+
+
+def objection(ranks: list[int], scores: list[float]) -> str | None:
+    """Why a try teaches no judging, or None: it orders no two replies against the people, and at least two with them.
+
+    Tied scores are allowed, since six values cannot part all replies; replies of equal rank demand nothing.
+    """
+    if len(ranks) < 2:
+        return "alone in its try"
+    i, j = np.triu_indices(len(ranks), 1)
+    r, s = np.asarray(ranks), np.asarray(scores)
+    agree = (r[j] - r[i]) * (s[i] - s[j])  # rank 0 is best: positive where both order a pair alike, 0 for ties
+    if (agree < 0).any():
+        return "against the people's order"
+    return None if (agree > 0).any() else "parts no replies that people part"
+
+
+def accept(ranked: list[dict], judgements: list[dict]) -> tuple[list[dict], Counter]:
+    """The judgements of `ranked` replies that agree with people; also a count of what became of the others.
+
+    The paper gives no unit. Ours is a try: one judgement of each reply to a prompt, those with the same vote number.
+    It counts as a whole, without its unreadable ones, and the first that agrees is its prompt's only one. A target
+    ends in its verdict: one that goes on (until the length limit, maybe) would teach just that.
+    """
+    tries, kept, tally = defaultdict(list), {}, Counter()
+    for j in judgements:
+        found = find_verdict(j["text"])
+        if not found or re.search(r"\w", j["text"][found.end() :]):
+            tally["goes on after its verdict" if found else "no readable verdict"] += 1
+        else:
+            tries[j["id"], j["vote"]].append(j)
+    for (i, _), group in sorted(tries.items()):
+        reason = objection([ranked[i]["ranks"][j["k"]] for j in group], [j["score"] for j in group])
+        reason = reason or ("an earlier try agrees" if i in kept else None)
+        if reason:
+            tally[reason] += len(group)
+        else:
+            kept[i] = group
+    return [j for group in kept.values() for j in group], tally
+
+
+def thin(judgements: list[dict], most: int, key: tuple) -> tuple[list[dict], Counter]:
+    """Draw the most common score down to the count of the second, then all down to `most` rows; order is kept.
+
+    The paper drops part of its most common score, 4, and names no ratio.
+    """
+    rng, counts = random.Random(repr(key)), Counter(j["score"] for j in judgements).most_common(2)
+    common = [i for i, j in enumerate(judgements) if j["score"] == counts[0][0]]
+    thinned = set(rng.sample(common, counts[0][1] - counts[-1][1])) if common else set()
+    left = [j for i, j in enumerate(judgements) if i not in thinned]
+    drawn = sorted(rng.sample(range(len(left)), min(most, len(left))))
+    return [left[i] for i in drawn], +Counter({"most common score": len(thinned), "over --eft-size": len(left) - most})
+
+
+def eft_rows(ranked: list[dict], judgements: list[dict], most: int, key: tuple) -> tuple[list[dict], dict]:
+    """Judgements, beside the replies they judge -> at most `most` rows {"prompt", "response", "judgement"}, and a
+    report in which kept and dropped add up to the judgements."""
+    agreeing, dropped = accept(ranked, judgements)
+    kept, thinned = thin(agreeing, most, key)
+    before, after = (dict(sorted(Counter(f"{j['score']:g}" for j in js).items())) for js in (agreeing, kept))
+    replies = sum(len(row["responses"]) for row in ranked)
+    report = {
+        "ranked_prompts": len(ranked),
+        "replies": replies,
+        "not_judged": replies - len({(j["id"], j["k"]) for j in judgements}),
+        "judgements": len(judgements),
+        "kept": len(kept),
+        "dropped": dict((dropped + thinned).most_common()),
+        "scores_before": before,
+        "scores_after": after,
+    }
+    return [{"prompt": j["prompt"], "response": j["response"], "judgement": j["text"]} for j in kept], report
 
 
 # ---- agreement with people (section 3.1 and Table 4) -------------------------------------------------------

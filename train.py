@@ -74,6 +74,7 @@ class Config:
     max_response: int = 1024  # most tokens of a response
     max_judgement: int = 256  # most tokens of a judgement
     sample_batch: int = 32  # sequences sampled side by side in one process (memory: their keys and values)
+    eft_size: int = 1630  # most EFT rows that are made where data has no eft.jsonl; 0: M1 learns from IFT alone
     sft_lr: float = 5.5e-6  # peak learning rate of SFT; ends at a fifth of it
     sft_epochs: int = 3  # passes over the seed data (paper: not given)
     dpo_lr: float = 1e-6  # peak learning rate of DPO; ends at a tenth of it
@@ -108,8 +109,9 @@ def main(cfg: Config):
     data = open_run(cfg)
     models = ["SFT", *(f"M{t}" for t in range(1, cfg.iters + 1))]
     seed_sft(cfg, mesh, data, "SFT", data["ift"])  # the baseline: instructions only
+    eft = write_eft(cfg, mesh, data)  # by the baseline, where people's rankings are all there is
     write_prompts(cfg, mesh, data)  # for all rounds, by the fixed writer
-    seed_sft(cfg, mesh, data, "M1", data["ift"] + data["eft"])  # M0 -> M1: instructions and judging
+    seed_sft(cfg, mesh, data, "M1", data["ift"] + eft)  # M0 -> M1: instructions and judging
     for start, end in zip(models[1:], models[2:], strict=False):
         self_reward(cfg, mesh, data, start, end)  # M_t writes, judges itself, prefers
         train_dpo(cfg, mesh, start, end)  # M_t -> M_t+1
@@ -146,6 +148,37 @@ def seed_sft(cfg: Config, mesh, data: dict, name: str, rows: list[dict]):
         lr=cfg.sft_lr, end=0.2,
     )  # fmt: skip
     save(model, tok, Path(cfg.out) / name, getattr(torch, cfg.save_dtype), write=dist.get_rank() == 0)
+
+
+def write_eft(cfg: Config, mesh, data: dict) -> list[dict]:
+    """What M1 learns to judge from: eft.jsonl of the data folder, or else what the SFT baseline says of the replies
+    that people have ranked, where it orders them as people do (section 3.1)."""
+    if not data["ranked"] or done(cfg, "M1", "config.json"):
+        return data["eft"]
+    folder, asked = Path(cfg.out) / "M1", {(r["id"], r["k"]): r for r in replies(data["ranked"])}
+    if not done(cfg, "M1", "eft_judgements.jsonl"):
+        model, tok = open_model(cfg, mesh, Path(cfg.out) / "SFT")
+        what, file = "SFT writes EFT judgements", "M1/eft_judgements.jsonl"
+        found = score(cfg, mesh, model, tok, data, list(asked.values()), what, ("eft",), file)
+        put(cfg, "M1", "eft_judgements.jsonl", [asked[j["id"], j["k"]] | j for j in found])
+    if not done(cfg, "M1", "eft.jsonl"):
+        judgements = read_rows(folder / "eft_judgements.jsonl", empty=True)
+        if any(j != j | asked.get((j["id"], j["k"]), {"id": None}) for j in judgements):
+            raise BadInput(f"{folder}/eft_judgements.jsonl: judges other replies than those of {cfg.data}/"
+                           "eft_ranked.jsonl; remove it and start again")  # fmt: skip
+        rows, report = judge.eft_rows(data["ranked"], judgements, cfg.eft_size, (cfg.seed, "eft"))
+        if dist.get_rank() == 0:
+            write_json(folder / "eft_report.json", report)
+        log(f"M1: EFT {report}")
+        if not rows:
+            remedy = "give a better --init" if judgements else "shorten the judge template"
+            raise BadInput(
+                f"{folder}: of {len(judgements)} judgements of {report['replies']} ranked replies none can be learned "
+                f"from: {report['dropped'] or 'no reply leaves room for the judge'}; {remedy}, write "
+                f"{cfg.data}/eft.jsonl yourself, or take another --out with --eft-size 0"
+            )
+        put(cfg, "M1", "eft.jsonl", rows)
+    return read_rows(folder / "eft.jsonl")
 
 
 def write_prompts(cfg: Config, mesh, data: dict):
@@ -281,6 +314,12 @@ def score(cfg: Config, mesh, model, tok, data: dict, rows: list[dict], what: str
     return found
 
 
+def replies(ranked: list[dict]) -> list[dict]:
+    """Rows of human rankings -> one row for each of their replies, as `score` takes them."""
+    return [{"id": i, "k": k, "prompt": row["prompt"], "response": text}
+            for i, row in enumerate(ranked) for k, text in enumerate(row["responses"])]  # fmt: skip
+
+
 def add_reference(cfg: Config, mesh, model, tok, pairs: list[dict], end: str) -> list[dict]:
     """Store the frozen reference with every pair: its log-probs of chosen and rejected, as two more columns.
 
@@ -326,9 +365,8 @@ def examine(cfg: Config, mesh, data: dict, name: str):
             write_json(Path(cfg.out) / name / "alpaca_eval.json", alpaca_rows(texts, name, Path(cfg.data).name))
         put(cfg, name, "test.jsonl", answers)
     if "exam.jsonl" in todo:
-        asked = [{"id": i, "k": k, "prompt": row["prompt"], "response": text}
-                 for i, row in enumerate(data["exam"]) for k, text in enumerate(row["responses"])]  # fmt: skip
         what, file = f"{name} judges ranked answers", f"{name}/exam.jsonl"
+        asked = replies(data["exam"])
         put(cfg, name, "exam.jsonl", score(cfg, mesh, model, tok, data, asked, what, ("exam",), file))
 
 
@@ -544,10 +582,11 @@ def open_run(cfg: Config) -> dict:
         "judge_template": judge.check_template(texts[template], template),
         "propose": texts[data / "propose.txt"],
         "ift": read_rows(data / "ift.jsonl", "prompt", "response"),
-        "eft": rows("eft.jsonl", "prompt", "response", "judgement"),
+        "eft": rows("eft.jsonl", "prompt", "response", "judgement") if cfg.eft_size else [],
         "exam": rows("eft_eval.jsonl", read=judge.read_ranked),
         "test": rows("test.jsonl", "prompt"),
     }
+    found["ranked"] = rows("eft_ranked.jsonl", read=judge.read_ranked) if cfg.eft_size and not found["eft"] else []
     found["held_out"] = [r["prompt"] for r in found["exam"] + found["test"] + rows("valid.jsonl", "prompt")]
     for number, row in enumerate(found["eft"], 1):
         if judge.parse_score(row["judgement"]) is None:
@@ -556,8 +595,10 @@ def open_run(cfg: Config) -> dict:
         raise BadInput(f"{cfg.writer}: no such folder; --writer names the checkpoint that writes the new prompts")
     for checkpoint in filter(None, (cfg.init, cfg.writer) if cfg.tp > 1 else ()):
         check_tp(read_shape(checkpoint)[0], cfg.tp, checkpoint)
-    for file, what in (("eft.jsonl", "M1 learns from ift.jsonl alone"), ("test.jsonl", "models are not compared"),
-                       ("eft_eval.jsonl", "judges are not examined")):  # fmt: skip
+    if not found["eft"]:
+        what = "the SFT baseline makes it of eft_ranked.jsonl" if found["ranked"] else "M1 learns from ift.jsonl alone"
+        log(f"no {data / 'eft.jsonl'}: {what}" if cfg.eft_size else f"--eft-size 0: {what}")
+    for file, what in (("test.jsonl", "models are not compared"), ("eft_eval.jsonl", "judges are not examined")):
         if not (data / file).exists():
             log(f"no {data / file}: {what}")
     mine, saved = asdict(cfg), folder / "config.json"
@@ -579,7 +620,9 @@ def done(cfg: Config, name: str, file: str) -> bool:
     """Is this product there? Files appear whole or not at all, so being there is being finished."""
     stop_if_asked()  # and nobody looks before all are here
     tidy(cfg)
-    return (Path(cfg.out) / name / file).exists()
+    there = (Path(cfg.out) / name / file).exists()
+    dist.barrier()  # nobody makes it before all have looked
+    return there
 
 
 def put(cfg: Config, name: str, file: str, rows: list[dict]):
@@ -788,6 +831,7 @@ def checked(cfg: Config) -> Config:
         (cfg.candidates >= 2, "--candidates must be at least 2, or there is nothing to prefer"),
         (min(cfg.votes, cfg.batch, cfg.micro_batch, cfg.sample_batch) >= 1, "votes and batches are at least 1"),
         (cfg.save_every >= 1, "--save-every counts updates and is at least 1"),
+        (cfg.eft_size >= 0, "--eft-size is a number of rows, or 0"),
         (min(cfg.sft_epochs, cfg.dpo_epochs) >= 1, "epochs are at least 1"),
         (min(cfg.tp, cfg.dp_replicate) >= 1, "--tp and --dp-replicate are at least 1"),
         (min(cfg.max_prompt, cfg.max_response, cfg.max_judgement) >= 1, "lengths are at least 1 token"),

@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +15,10 @@ from scipy import stats
 
 import judge
 from judge import (
+    accept,
     agreement,
     check_template,
+    eft_rows,
     head_to_head,
     judge_prompt,
     kendall,
@@ -28,6 +31,7 @@ from judge import (
     score,
     show,
     spearman,
+    thin,
 )
 from model import BadInput
 from sample import read_rows
@@ -290,6 +294,160 @@ def test_nothing_is_lost_between_prompts_and_pairs():
         assert p["chosen_score"] == max(mine) > min(mine) == p["rejected_score"]
         assert p["chosen"] != p["rejected"] and p["chosen_tokens"] != p["rejected_tokens"]
         assert p["prompt"] == f"p{p['id']}"
+
+
+# ---- judgements worth learning from
+
+
+def ranking(*ranks, prompt="Why?"):
+    return {"prompt": prompt, "responses": [f"reply {k}" for k in range(len(ranks))], "ranks": list(ranks)}
+
+
+def tries_of(ident, *tries):
+    """Judgements of a prompt's replies: each try has one verdict a reply; a text is the whole judgement."""
+    texts = [[v if isinstance(v, str) else f"Because of {k}.\nScore: {v}" for k, v in enumerate(t)] for t in tries]
+    return [
+        {"id": ident, "k": k, "prompt": f"p{ident}", "response": f"reply {k}",
+         "vote": vote, "text": text, "score": parse_score(text)}
+        for k, column in enumerate(zip(*texts, strict=True))
+        for vote, text in enumerate(column)
+        if text
+    ]  # fmt: skip
+
+
+AGAINST, TIED, ALONE = "against the people's order", "parts no replies that people part", "alone in its try"
+UNREAD, TALKS, LATER = "no readable verdict", "goes on after its verdict", "an earlier try agrees"
+TRIES = {  # human ranks (0 is best), scores of the tries -> (k, vote) of what is kept, and what became of the rest
+    "the people's order": ([0, 1, 2], [[5, 3, 1]], [(0, 0), (1, 0), (2, 0)], {}),
+    "in another order of the replies": ([2, 0, 1], [[1, 5, 3]], [(0, 0), (1, 0), (2, 0)], {}),
+    "half points": ([1, 0], [[4, 4.5]], [(0, 0), (1, 0)], {}),
+    "a tie beside it": ([0, 1, 2], [[4, 4, 2]], [(0, 0), (1, 0), (2, 0)], {}),
+    "turned round": ([0, 1], [[2, 4]], [], {AGAINST: 2}),
+    "one pair of three against": ([0, 1, 2], [[5, 2, 3]], [], {AGAINST: 3}),
+    "best and worst against, far apart": ([0, 1, 2, 3], [[3, 4, 3, 3.5]], [], {AGAINST: 4}),
+    "all tied": ([0, 1, 2], [[4, 4, 4]], [], {TIED: 3}),
+    "all zero": ([0, 1], [[0, 0]], [], {TIED: 2}),
+    "people rank equal, the judge does not": ([0, 0], [[5, 1]], [], {TIED: 2}),
+    "equal ranks demand nothing": ([0, 1, 1], [[4, 1, 3]], [(0, 0), (1, 0), (2, 0)], {}),
+    "equal ranks above": ([0, 0, 1], [[2, 5, 1]], [(0, 0), (1, 0), (2, 0)], {}),
+    "one unread, the others agree": ([0, 1, 2], [[5, "No verdict.", 1]], [(0, 0), (2, 0)], {UNREAD: 1}),
+    "the unread one is no zero": ([0, 1, 2], [["Score: five", 3, 1]], [(1, 0), (2, 0)], {UNREAD: 1}),
+    "one unread, the others do not": ([0, 1, 2], [[2, "Score: 11", 4]], [], {UNREAD: 1, AGAINST: 2}),
+    "only one is readable": ([0, 1], [[5, "Score:"]], [], {UNREAD: 1, ALONE: 1}),
+    "none is readable": ([0, 1], [["", "Good."]], [], {UNREAD: 1}),
+    "an empty reply has no judgement": ([0, 1, 2], [[4, "", 3]], [(0, 0), (2, 0)], {}),
+    "a single reply": ([0], [[5]], [], {ALONE: 1}),
+    "the second try": ([0, 1], [[2, 4], [4, 2]], [(0, 1), (1, 1)], {AGAINST: 2}),
+    "the first of those that agree": (
+        [0, 1], [[3, 3], [4, 3], [5, 0], [1, 5]], [(0, 1), (1, 1)], {TIED: 2, LATER: 2, AGAINST: 2}),
+    "votes are not mixed": ([0, 1], [["?", 4], [5, "?"]], [], {UNREAD: 2, ALONE: 2}),
+    "it must end in its verdict": (
+        [0, 1, 2, 3], [["Score: 5\nThat is all I", 4, "Good. Score: 3/5.\n", "So **Score: 2**"]],
+        [(1, 0), (2, 0), (3, 0)], {TALKS: 1}),
+    "an earlier verdict is not its own": ([0, 1, 2], [["Score: 5\nScore:", "Score: 0\nScore: 4", 1]],
+                                          [(1, 0), (2, 0)], {UNREAD: 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TRIES)
+def test_a_try_teaches_where_it_orders_no_two_replies_against_the_people_and_two_with_them(case):
+    ranks, tries, kept, dropped = TRIES[case]
+    judgements = tries_of(0, *tries)
+    got, tally = accept([ranking(*ranks)], judgements)
+    assert ([(j["k"], j["vote"]) for j in got], tally) == (kept, dropped)
+    assert all(j in judgements for j in got) and len(got) + tally.total() == len(judgements)
+
+
+def test_prompts_are_judged_apart():
+    """The first has a try that agrees, the second none, the third agrees at its second attempt."""
+    ranked = [ranking(0, 1), ranking(0, 1), ranking(1, 0)]
+    judgements = tries_of(0, [5, 4], [5, 3]) + tries_of(1, [1, 2], [4, 4]) + tries_of(2, [3, 3], [1, 2])
+    got, tally = accept(ranked, judgements)
+    assert [(j["id"], j["k"], j["vote"]) for j in got] == [(0, 0, 0), (0, 1, 0), (2, 0, 1), (2, 1, 1)]
+    assert tally == {LATER: 2, AGAINST: 2, TIED: 4}
+
+
+def scored(**counts):
+    """Judgements with so many of each score, spread over the rows: _4=3 stands for three of score 4."""
+    scores = [float(s[1:].replace("_", ".")) for s, n in counts.items() for _ in range(n)]
+    random.Random(0).shuffle(scores)
+    return [{"id": i, "score": s} for i, s in enumerate(scores)]
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ({"_4": 9, "_3": 4, "_1": 2}, {"_4": 4, "_3": 4, "_1": 2}),
+        ({"_0": 7, "_5": 1}, {"_0": 1, "_5": 1}),
+        ({"_4": 3, "_2": 3, "_1": 1}, {"_4": 3, "_2": 3, "_1": 1}),  # nothing is commoner than the second
+        ({"_4": 5, "_4_5": 2}, {"_4": 2, "_4_5": 2}),
+        ({"_4": 5}, {"_4": 5}),  # no second score to measure by
+        ({}, {}),
+    ],
+)
+def test_the_most_common_score_is_thinned_to_the_count_of_the_second(before, after):
+    rows = scored(**before)
+    got, tally = thin(rows, 100, (0,))
+    assert sorted(j["score"] for j in got) == sorted(j["score"] for j in scored(**after))
+    assert [j["id"] for j in got] == sorted({j["id"] for j in got}), "the order is that of the rows"
+    assert tally == ({"most common score": len(rows) - len(got)} if len(got) < len(rows) else {})
+
+
+def test_thinning_and_the_cut_are_draws_that_hang_on_the_key_alone():
+    rows = scored(_4=200, _3=40, _1=10)
+    drawn = [thin(rows, 30, key) for key in ((0,), (0,), (1,))]
+    assert drawn[0] == drawn[1] != drawn[2]
+    for got, tally in drawn:
+        assert len(got) == 30 and tally == {"most common score": 160, "over --eft-size": 60}
+    often = Counter(j["id"] for seed in range(300) for j in thin(rows, 1000, (seed,))[0] if j["score"] == 4)
+    assert len(often) == 200 and min(often.values()) > 30 and max(often.values()) < 95  # each in a fifth of the draws
+    early = sum(j["id"] < 125 for seed in range(100) for j in thin(rows, 30, (seed,))[0]) / 100
+    assert 13 < early < 17  # the cut takes no half of the rows before the other
+
+
+def test_rows_and_report_of_eft_add_up_and_every_target_parses_back_to_its_score(tok):
+    rng = random.Random(0)
+    texts = ["Score: {}", "Good: 3 of 4.\nScore: {}", "**Score:** {}/5", "Score: {}\nScore: 9", "I say {}.",
+             "Score: {} and that is", "Score: 2 ... Score: {}.", "score: {} out of 5\n"]  # fmt: skip
+    ranked = [ranking(*(rng.randrange(4) for _ in range(rng.randrange(1, 5))), prompt=f"p{i}") for i in range(300)]
+    judgements = []
+    for i, row in enumerate(ranked):
+        tries = [[rng.choice(texts).format(rng.randrange(11) / 2) for _ in row["ranks"]] for _ in range(3)]
+        judgements += tries_of(i, *tries)
+    agreeing, _ = accept(ranked, judgements)
+    rows, report = eft_rows(ranked, judgements, 150, (0,))
+    assert report["judgements"] == len(judgements) == 3 * report["replies"]
+    assert (report["ranked_prompts"], report["not_judged"]) == (300, 0)
+    assert report["kept"] == len(rows) == 150 and report["kept"] + sum(report["dropped"].values()) == len(judgements)
+    assert set(report["dropped"]) == {
+        AGAINST,
+        TIED,
+        ALONE,
+        UNREAD,
+        TALKS,
+        LATER,
+        "most common score",
+        "over --eft-size",
+    }
+    before, after = (Counter(report[f"scores_{when}"]) for when in ("before", "after"))
+    cut = report["dropped"]["most common score"] + report["dropped"]["over --eft-size"]
+    assert before.total() == len(agreeing) == after.total() + cut and after.total() == 150
+    score_of = {(ranked[j["id"]]["prompt"], ranked[j["id"]]["responses"][j["k"]]): j["score"] for j in agreeing}
+    for row in rows:
+        assert set(row) == {"prompt", "response", "judgement"}
+        learned = tok.decode(tok.response(row["judgement"])[:-1])  # as M1 will read it
+        assert parse_score(learned) == score_of[row["prompt"], row["response"]]
+    assert after == Counter(f"{parse_score(row['judgement']):g}" for row in rows)
+    inputs = [(row["prompt"], row["response"]) for row in rows]
+    assert len(set(inputs)) == len(inputs), "no input has two targets"
+
+
+def test_judgements_of_nothing_give_no_row_and_a_report():
+    assert eft_rows([ranking(0, 1)], [], 9, (0,)) == (
+        [],
+        {"ranked_prompts": 1, "replies": 2, "not_judged": 2, "judgements": 0, "kept": 0, "dropped": {},
+         "scores_before": {}, "scores_after": {}},
+    )  # fmt: skip
 
 
 # ---- agreement

@@ -118,6 +118,15 @@ def run(tmp_path, capsys):
     return Run(tmp_path, capsys)
 
 
+@pytest.fixture
+def all_serve_both(monkeypatch):
+    """For the rules that come before the division: every prompt goes to IFT and to EFT."""
+    monkeypatch.setattr(oasst, "divide", lambda prompts, args: (prompts, prompts))
+
+
+undivided = pytest.mark.usefixtures("all_serve_both")
+
+
 WORLD = [
     ranked("a", 1, 0, 2, text='Two\nlines, {braces}, "quotes", 🦉 and\u2028a separator'),
     ranked("b", 2, 0, None),
@@ -136,8 +145,11 @@ def test_the_real_sample_gives_the_known_counts(run, name):
     assert run(REAL / f"{name}.jsonl").status == 0
     assert "found: 94 IFT pairs, 94 ranked prompts with 313 replies" in run.out
     assert (run.counted("trees read"), run.counted("trees dropped: synthetic")) == (100, 5)
-    assert len(run.rows("ift")) == len(run.rows("eft_ranked")) == 94
-    assert sum(len(row["ranks"]) for row in run.rows("eft_ranked")) == 313
+    assert "wanted: 3200 prompts for IFT and 980 for EFT (enough for 1630 judgements:" in run.out  # 2 * 1630 / 3.33
+    assert "divided: 72 prompts for IFT and 22 for EFT, 0 left over" in run.out  # 94 * 980 / (3200 + 980) = 22.04
+    assert (len(run.rows("ift")), len(run.rows("eft_ranked"))) == (72, 22)
+    assert sum(len(row["ranks"]) for row in run.rows("eft_ranked")) == 71
+    assert not {row["prompt"] for row in run.rows("ift")} & {row["prompt"] for row in run.rows("eft_ranked")}
     for table in ("eft_eval.jsonl", "test.jsonl"):
         assert f"not written, no rows: {run.folder / table}" in run.out
     assert "nothing is held out" in run.out and "give --valid FILE ..." in run.out
@@ -146,7 +158,7 @@ def test_the_real_sample_gives_the_known_counts(run, name):
 
     run(REAL / f"{name}.jsonl", "--keep-synthetic")
     assert "found: 99 IFT pairs, 99 ranked prompts with 330 replies" in run.out
-    assert (len(run.rows("ift")), len(run.rows("eft_ranked"))) == (99, 99)
+    assert (len(run.rows("ift")), len(run.rows("eft_ranked"))) == (76, 23)
 
 
 @real
@@ -162,6 +174,7 @@ def test_every_shape_of_the_real_sample_gives_the_same_bytes(run):
 
 
 @real
+@undivided
 def test_the_best_reply_of_the_real_sample_is_rank_0_and_no_text_is_changed(run):
     best = {}
     for row in rows_of(REAL / "en_100_tree.jsonl"):
@@ -175,6 +188,7 @@ def test_the_best_reply_of_the_real_sample_is_rank_0_and_no_text_is_changed(run)
 
 
 @real
+@undivided
 def test_real_quirks_orphans_deleted_replies_and_gaps_in_the_ranks(run):
     run(REAL / "messages_hf_rows.jsonl")
     assert "found: 5 IFT pairs, 5 ranked prompts with 13 replies" in run.out
@@ -183,6 +197,7 @@ def test_real_quirks_orphans_deleted_replies_and_gaps_in_the_ranks(run):
 
 
 @real
+@undivided
 def test_gzip_is_known_by_content_and_held_out_trees_leave_the_training_rows(run):
     packed = run.dir / "no_gz_in_the_name"
     packed.write_bytes((REAL / "trees.jsonl.gz").read_bytes())
@@ -196,6 +211,7 @@ def test_gzip_is_known_by_content_and_held_out_trees_leave_the_training_rows(run
 # ---- the rules, on the small world
 
 
+@undivided
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("ascii_only", [True, False])
 def test_every_shape_gives_the_rows_worked_out_by_hand(run, shape, ascii_only):
@@ -221,6 +237,7 @@ def test_every_shape_gives_the_rows_worked_out_by_hand(run, shape, ascii_only):
     assert run.counted("prompts with one ranked reply, no ranking") == 1
 
 
+@undivided
 def test_flat_rows_may_come_in_any_order_and_in_several_files(run):
     rows = SHAPES["flat messages"](WORLD)
     whole = run(rows, out="whole").rows("eft_ranked")
@@ -246,6 +263,7 @@ DROPPED_TREES = {
 }
 
 
+@undivided
 @pytest.mark.parametrize("reason", DROPPED_TREES)
 def test_a_tree_that_cannot_be_used_is_dropped_by_reason_and_the_rest_goes_on(run, reason):
     without = run(WORLD, out="without").rows("eft_ranked")
@@ -267,6 +285,7 @@ DROPPED_REPLIES = {
 }
 
 
+@undivided
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("reason", DROPPED_REPLIES)
 def test_a_reply_that_cannot_be_used_is_dropped_and_the_next_rank_is_the_best(run, reason, shape):
@@ -293,6 +312,7 @@ def test_a_lone_rank_makes_a_pair_and_a_lone_unranked_reply_does_not(run):
     assert not (run.folder / "eft_ranked.jsonl").exists() and "eft_ranked.jsonl" in run.out  # it says so
 
 
+@undivided
 def test_repeated_ranks_stay_ties_and_the_first_of_them_makes_the_pair(run):
     run([ranked("a", 3, 1, 1, 7.0)])
     assert run.rows("eft_ranked")[0]["ranks"] == [0, 0, 1, 2] and run.counted("rankings with ties") == 1
@@ -307,6 +327,7 @@ def test_other_languages_and_their_regions_can_be_asked_for(run):
     assert run.counted("trees dropped: language not pt") == 2
 
 
+@undivided
 def test_trees_met_twice_count_once_in_whatever_shape_they_come_back(run):
     once = run(WORLD, out="once").rows("eft_ranked")
     sources = [str(save(run.dir / name, make(WORLD))) for name, make in SHAPES.items()]
@@ -327,6 +348,7 @@ def test_orphans_and_circles_are_counted_and_left_out(run):
     assert run.counted("messages dropped: parents in a circle") == 5
 
 
+@undivided
 def test_unknown_keys_crlf_blank_lines_and_a_byte_order_mark_do_no_harm(run):
     lines = [json.dumps(row | {"CRITERIA": 1}) for row in SHAPES["tree with nulls"](WORLD)]
     (run.dir / "odd.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(lines).encode())
@@ -340,6 +362,7 @@ def many(letter, number):
     return [ranked(f"{letter}{i}", 0, 1, *([2] if i % 3 else [])) for i in range(number)]
 
 
+@undivided
 def test_holdout_splits_every_row_to_one_side_and_the_totals_add_up(run):
     twins = [ranked(f"twin{i}", 0, 1, text=f"  QUESTION  a{i}?") for i in range(30)]
     run([*many("a", 60), *twins, ranked("z", None)], "--holdout", 0.3)
@@ -355,6 +378,7 @@ def test_holdout_splits_every_row_to_one_side_and_the_totals_add_up(run):
     assert f"eft_eval.jsonl: {len(held)} rows, {replies['eft_eval']} replies" in run.out
 
 
+@undivided
 def test_holdout_depends_on_the_prompt_and_the_seed_alone(run):
     held = {row["prompt"] for row in run(many("a", 60), "--holdout", 0.3, out="1").rows("eft_eval")}
     more = run([*many("b", 30), *many("a", 60)], "--holdout", 0.3, out="2").rows("eft_eval")
@@ -363,6 +387,7 @@ def test_holdout_depends_on_the_prompt_and_the_seed_alone(run):
     assert {row["prompt"] for row in other} != held
 
 
+@undivided
 def test_valid_prompts_are_never_trained_on_by_id_or_by_text(run):
     valid = save(run.dir / "valid.jsonl", [*many("v", 5), ranked("w", None), ranked("s", 0, 1, synthetic=True)])
     reworded, twin = ranked("v0", 0, 1, text="Edited?"), ranked("t", 0, 1, text="QUESTION  v1?")
@@ -395,6 +420,127 @@ def test_old_held_out_files_are_not_left_beside_rows_that_may_repeat_them(run):
     assert run(many("b", 20), "--holdout", 0.5).status == 0
     valid = save(run.dir / "valid.jsonl", [ranked("v", 0)])  # a test prompt, but no ranking
     assert run(many("c", 3), "--valid", valid).status == 1 and "eft_eval.jsonl: is of another run" in run.err
+
+
+# ---- IFT and EFT
+
+
+def sides(run) -> tuple[set[str], set[str]]:
+    """The prompts of ift.jsonl and of eft_ranked.jsonl, which may be missing."""
+    names = [name for name in ("ift", "eft_ranked") if (run.folder / f"{name}.jsonl").exists()]
+    ift, eft = ([row["prompt"] for row in run.rows(name)] for name in (names + ["ift"])[:2])
+    return set(ift), set(eft) if len(names) == 2 else set()
+
+
+DIVISIONS = {  # ranked prompts with two replies each, lone ones, --ift-size, --eft-size -> IFT, EFT, left over
+    "enough for both": (60, 40, 50, 20, (50, 20, 30)),
+    "both shrink as they were wanted": (80, 20, 90, 60, (60, 40, 0)),
+    "few rankings": (5, 95, 50, 60, (50, 5, 45)),
+    "no ranking": (0, 7, 3200, 1630, (7, 0, 0)),
+    "no EFT is wanted": (9, 1, 3200, 0, (10, 0, 0)),
+    "little IFT is wanted": (50, 0, 1, 9, (1, 9, 40)),
+}
+
+
+@pytest.mark.parametrize("case", DIVISIONS)
+def test_prompts_are_divided_between_ift_and_eft_in_the_numbers_worked_out_by_hand(run, case):
+    rankings, lone, ift_size, eft_size, expected = DIVISIONS[case]
+    roots = [ranked(f"r{i}", 0, 1) for i in range(rankings)] + [ranked(f"l{i}", 0) for i in range(lone)]
+    run(roots, "--ift-size", ift_size, "--eft-size", eft_size)
+    ift, eft = sides(run)
+    assert not ift & eft and all(text.startswith("Question r") for text in eft)
+    assert (len(ift), len(eft), rankings + lone - len(ift | eft)) == expected, run.out
+    assert "divided: {} prompts for IFT and {} for EFT, {} left over".format(*expected) in run.out
+    order = [root["text"] for root in roots]
+    assert [row["prompt"] for row in run.rows("ift")] == [text for text in order if text in ift]
+
+
+def test_the_division_hangs_on_texts_and_seed_and_not_on_the_order_of_the_file(run):
+    roots = many("a", 60)
+    once = sides(run(roots, "--holdout", 0.2, out="1"))
+    assert once == sides(run(roots[::-1], "--holdout", 0.2, out="2")) != sides(run(roots, "--seed", 1, out="3"))
+    held = {row["prompt"] for row in rows_of(run.dir / "1" / "eft_eval.jsonl")}
+    few = [sides(run(r, "--ift-size", 9, "--eft-size", 9, out=f"few{i}")) for i, r in enumerate((roots, roots[::-1]))]
+    assert few[0] == few[1] and len(few[0][0]) == 9
+    assert min(map(len, once)) > 5 and len(held | once[0] | once[1]) == len(held) + sum(map(len, once)) == 60
+
+
+def test_a_prompt_asked_twice_is_never_on_both_sides(run):
+    roots = [*many("a", 40), *(ranked(f"t{i}", *([0, 1][: 1 + i % 2]), text=f" QUESTION  a{i}?") for i in range(40))]
+    met = 0
+    for seed in range(5):
+        ift, eft = ({oasst.key(text) for text in side} for side in sides(run(roots, "--seed", seed, out=f"{seed}")))
+        assert ift and eft and not ift & eft and len(ift | eft) == 40
+        lone = [i for i in range(0, 40, 2) if f"question a{i}?" in eft]  # no ranking, and not for IFT any more
+        assert f"{len(lone)} left over" in run.out
+        met += len(lone)
+    assert met > 5
+
+
+# ---- --exclude
+
+EXCLUDED = ["QUESTION   a1?\n", "Question a3?", '"Quoted" and ["odd"]', "unheard of"]
+EXCLUDE_FILES = {
+    "AlpacaEval": json.dumps([{"dataset": "x", "instruction": text, "output": "y"} for text in EXCLUDED], indent=2),
+    "a list of texts": json.dumps(EXCLUDED),
+    "lines of objects": "".join(json.dumps({"prompt": text, "instruction": ""}) + "\n\n" for text in EXCLUDED),
+    "lines of JSON texts": "".join(json.dumps(text) + "\n" for text in EXCLUDED),
+    "plain lines": "\r\n".join(text.strip() for text in reversed(EXCLUDED)),
+    "both kinds of lines": f"{EXCLUDED[0]}{json.dumps({'prompt': EXCLUDED[1]})}\n{json.dumps(EXCLUDED[2])}",
+}
+
+
+@pytest.mark.parametrize("shape", EXCLUDE_FILES)
+@pytest.mark.parametrize("wrap", [lambda b: b, lambda b: b"\xef\xbb\xbf" + b, gzip.compress], ids=["", "BOM", "gzip"])
+def test_prompts_of_any_file_of_prompts_are_left_out_of_training(run, shape, wrap):
+    (run.dir / "prompts").write_bytes(wrap(EXCLUDE_FILES[shape].encode()))
+    run([*many("a", 9), ranked("odd", 0, 1, text='"Quoted" and ["odd"]')], "--exclude", run.dir / "prompts")
+    ift, eft = sides(run)
+    assert ift | eft == {f"Question a{i}?" for i in (0, 2, 4, 5, 6, 7, 8)} and ift and eft
+    assert run.counted("trees dropped: in the --exclude files") == 3
+    assert f"prompts: {3 if shape.startswith('both') else 4} different prompts to leave out" in run.out
+
+
+def test_several_files_can_be_excluded_and_a_useless_one_is_visible(run):
+    for i in range(3):
+        (run.dir / f"x{i}").write_text(f"Question a{i}?")
+    (run.dir / "page.html").write_text("<!DOCTYPE html>\n<p>Not found")
+    run(many("a", 9), "--exclude", run.dir / "x0", run.dir / "x1", "--exclude", run.dir / "x2")
+    assert run.counted("trees dropped: in the --exclude files") == 3
+    run(many("a", 9), "--exclude", run.dir / "page.html")
+    assert "      0 trees dropped: in the --exclude files" in run.out
+
+
+def test_excluded_prompts_may_still_examine(run):
+    valid = save(run.dir / "valid.jsonl", many("v", 3))
+    (run.dir / "x").write_text("Question v1?\nQuestion a1?")
+    run(many("a", 9), "--valid", valid, "--exclude", run.dir / "x")
+    assert len(run.rows("test")) == len(run.rows("eft_eval")) == 3 and "Question a1?" not in set.union(*sides(run))
+
+
+BAD_EXCLUDES = {
+    "list cut short": (b'[{"instruction": "a"}, {"instr', ": begins with [ but is no JSON list in UTF-8 (Unterminated"),
+    "list in latin-1": ('["\u00e9"]'.encode("latin-1"), ": begins with [ but is no JSON list in UTF-8"),
+    "nested without end": (b"[" * 200_000, ": begins with [ but is no JSON list in UTF-8"),
+    "empty list": (b" [ ]", ": no prompt in the file"),
+    "empty": (b"\n", ":1: no rows"),
+    "malformed line": (b'a\n{"prompt": \n', ":2: malformed JSON"),
+    "lines in latin-1": ("a\n\u00e9".encode("latin-1"), ":2: byte 1 of the line is not UTF-8"),
+    "object of another kind": (b'[{"prompt": "a"}, {"turns": []}]', ": item 2: no text in instruction or prompt"),
+    "null": (b'{"instruction": null}', ":1: no text in instruction or prompt"),
+    "a number": (b'{"prompt": 7}', ":1: no text in instruction or prompt"),
+    "a blank": (b'["a", " "]', ": item 2: no text in instruction or prompt"),
+    "numbers": (b"[1]", ": item 1: no text in instruction or prompt"),
+    "gzip cut short": (gzip.compress(b'["a"]')[:-9], ":1: gzip data cut short"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_EXCLUDES)
+def test_a_bad_file_of_prompts_ends_in_one_line_and_no_output(run, name):
+    content, expected = BAD_EXCLUDES[name]
+    (run.dir / "x.json").write_bytes(content)
+    run(WORLD, "--exclude", run.dir / "x.json").fails(f"{run.dir / 'x.json'}{expected}")
+    run(WORLD, "--exclude", run.dir / "none").fails("none: No such file")
 
 
 # ---- bad input
@@ -438,6 +584,30 @@ def test_bad_files_end_in_one_line_and_no_output(run, name, place):
     run.fails(str(bad), expected)
 
 
+def test_whatever_a_message_holds_in_whatever_key_it_is_counted_or_refused(run):
+    """Every key of a tree, of a root and of a reply, missing or of every other type: one line or rows, never more."""
+    outcomes = set()
+    for where in (lambda row: row, lambda row: row["prompt"], lambda row: row["prompt"]["replies"][0]):
+        for name in where(tree(WORLD[0])):
+            for value in (..., None, 7, -1.5, True, "x", "", [], [1], {}, {"a": [{}]}):
+                row = json.loads(json.dumps(tree(ranked("x", 1, 0))))
+                where(row)[name] = value
+                if value is ...:
+                    del where(row)[name]
+                save(run.dir / "x.jsonl", [tree(WORLD[0]), row, tree(WORLD[1])])
+                run(run.dir / "x.jsonl", out="o")
+                assert run.status == 0 or run.err.startswith("error: ") and run.err.count("\n") == 1, (name, value)
+                outcomes |= {run.status, *(line.strip(" 0123456789") for line in run.out.split("\n"))}
+    expected = {
+        "trees dropped: no text",
+        "replies dropped: unknown role",
+        "messages dropped: parents in a circle",
+        0,
+        1,
+    }
+    assert expected | {"trees dropped: no prompt", "replies dropped: no rank"} <= outcomes
+
+
 def test_missing_files_and_folders_end_in_one_line(run):
     run(run.dir / "nowhere.jsonl").fails("nowhere.jsonl: No such file or directory; check the path")
     run(run.dir).fails("Is a directory; check the path")
@@ -453,6 +623,7 @@ def test_nothing_to_train_or_examine_on_is_an_error_that_says_where_to_look(run)
     run(WORLD[:1], "--holdout", 1e-9).fails("test.jsonl: would have no row")
 
 
+@undivided
 def test_a_failed_write_changes_nothing(run, monkeypatch):
     run(WORLD)
     before = {path.name: path.read_bytes() for path in run.folder.iterdir()}
@@ -479,6 +650,8 @@ def test_a_failed_write_changes_nothing(run, monkeypatch):
         ["--holdout", "-0.1"],
         ["--holdout", "some"],
         ["--test-size", "0"],
+        ["--ift-size", "0"],
+        ["--eft-size", "-1"],
         ["--valid", "x", "--holdout", "0.1"],
     ],
 )

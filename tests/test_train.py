@@ -684,6 +684,152 @@ def test_training_never_reads_the_oracle(world, whole, tmp_path):
     same(products(run(world, tmp_path / "run", data=data)), products(whole))
 
 
+# ---- EFT rows by the SFT baseline --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def ranked_world(world, tmp_path_factory):
+    """A data folder with human rankings and without eft.jsonl, as prepare.py makes it of Open Assistant."""
+    rng = random.Random(1)
+    ranked = tiny.rankings(rng, list(dict.fromkeys(tiny.question(rng) for _ in range(24)))[:12])
+    ranked[5]["responses"][2], ranked[11]["responses"][2] = " ", ""  # a blank is judged, nothing is not
+    return variant(world, tmp_path_factory.mktemp("ranked"), {"eft.jsonl": None, "eft_ranked.jsonl": ranked})
+
+
+VERDICTS = {  # prompt -> two judgements of each of its three replies, which people rank 0, 1, 2; all others say "?"
+    0: [["Good.\nScore: 5", "Score: 0"], ["Score: 3", "Score: 0"], ["Score: 3", "Score: 0"]],  # the first try agrees
+    1: [["Score: 1", "Score: 4"], ["Score: 2", "Score: 4"], ["Score: 3", "Score: 3"]],  # the second does
+    2: [["Score: 3", "?"], ["Score: 3", "?"], ["Score: 3", "Score: 3"]],  # tied; alone
+    3: [["Score: 2", "Score: 2"], ["Score: 4", "Score: 3"], ["?", "Score: 1"]],  # against the people, twice
+    5: [["Score: 3", "Score: 4"], ["Hm.", "Score: 3"], ["Score: 1", "Score: 2\nand"]],  # the first two agree
+}
+KEPT = [(0, 0, "Good.\nScore: 5"), (0, 1, "Score: 3"), (0, 2, "Score: 3"), (1, 0, "Score: 4"), (1, 1, "Score: 4"),
+        (1, 2, "Score: 3"), (5, 0, "Score: 3"), (5, 2, "Score: 1")]  # fmt: skip
+REPORT = {
+    "ranked_prompts": 12, "replies": 36, "not_judged": 1, "judgements": 70, "kept": 6,
+    "dropped": {"no readable verdict": 44, "against the people's order": 8, "parts no replies that people part": 6,
+                "an earlier try agrees": 2, "most common score": 2, "alone in its try": 1,
+                "goes on after its verdict": 1},
+    "scores_before": {"1": 1, "3": 4, "4": 2, "5": 1}, "scores_after": {"1": 1, "3": 2, "4": 2, "5": 1},
+}  # fmt: skip
+
+
+@pytest.fixture
+def scripted(world, monkeypatch):
+    """Judges say what VERDICTS has for the prompt's id; the list of (model, ids, key) that they were asked."""
+    asked, (_, tok) = [], load(world.base)
+
+    def generate(model, prompts, keys, *, n, **knobs):
+        asked.extend((model, ids, key) for ids, key in zip(prompts, keys, strict=True))
+        return [[tok.response(text) for text in VERDICTS.get(i, [["?"] * n] * 3)[k]] for *_, i, k in keys]
+
+    monkeypatch.setattr(judge, "generate", generate)
+    return asked
+
+
+def test_m1_learns_from_what_the_baseline_says_in_agreement_with_people(world, ranked_world, tmp_path, scripted):
+    learned, optimize, (_, tok) = {}, train.optimize, load(world.base)
+
+    def watch(cfg, model, name, plan, examples, **rest):
+        learned[name] = list(examples)
+        optimize(cfg, model, name, plan, examples, **rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "optimize", watch)
+        out = run(world, tmp_path / "run", "--iters", 1, "--sft-epochs", 1, data=ranked_world)
+
+    ranked, template = read_rows(ranked_world / "eft_ranked.jsonl"), (ranked_world / "judge.txt").read_text()
+    asked = [(model, ids, key[2:]) for model, ids, key in scripted if key[:2] == (0, "eft")]
+    replies = {(i, k): text for i, row in enumerate(ranked) for k, text in enumerate(row["responses"]) if text}
+    inputs = {(i, k): tok.chat(judge.judge_prompt(template, ranked[i]["prompt"], replies[i, k])) for i, k in replies}
+    assert [(ids, key) for _, ids, key in asked] == [(ids, key) for key, ids in inputs.items()]
+    baseline = load(out / "SFT")[0].state_dict()
+    assert all(torch.equal(p, baseline[name]) for name, p in asked[0][0].state_dict().items())
+    said = read_rows(out / "M1" / "eft_judgements.jsonl")
+    assert [(j["id"], j["k"], j["vote"]) for j in said] == [(*at, vote) for at in inputs for vote in range(2)]
+    assert all(j["response"] == replies[j["id"], j["k"]] and j["prompt"] == ranked[j["id"]]["prompt"] for j in said)
+
+    report = json.loads((out / "M1" / "eft_report.json").read_text())
+    assert report == REPORT and report["kept"] + sum(report["dropped"].values()) == report["judgements"] == len(said)
+    rows = read_rows(out / "M1" / "eft.jsonl")
+    kept = [(i, k, text) for i, k, text in KEPT if (ranked[i]["prompt"], replies[i, k]) in
+            [(r["prompt"], r["response"]) for r in rows]]  # fmt: skip
+    assert rows == [{"prompt": ranked[i]["prompt"], "response": replies[i, k], "judgement": t} for i, k, t in kept]
+    assert [at for at in KEPT if "3" not in at[2]] == [at for at in kept if "3" not in at[2]] and len(kept) == 6
+    assert len(learned["SFT"]) == 21 and learned["M1"][:21] == learned["SFT"]
+    assert learned["M1"][21:] == [(inputs[i, k], tok.response(text)) for i, k, text in kept]
+    for (_, ids), (_, _, text) in zip(learned["M1"][21:], kept, strict=True):
+        assert judge.parse_score(tok.decode(ids[:-1])) == float(text[-1])
+
+
+def test_eft_size_cuts_the_rows_and_0_leaves_them_out_though_they_are_there(
+    world, ranked_world, tmp_path, scripted, capsys
+):
+    few = ("--iters", 1, "--sft-epochs", 1)
+    out = run(world, tmp_path / "cut", *few, "--eft-size", 4, data=ranked_world)
+    report = json.loads((out / "M1" / "eft_report.json").read_text())
+    assert len(read_rows(out / "M1" / "eft.jsonl")) == report["kept"] == 4 and report["dropped"]["over --eft-size"] == 2
+    assert "eft.jsonl: the SFT baseline makes it of eft_ranked.jsonl" in capsys.readouterr().out
+    for data, name in ((ranked_world, "ranked"), (world.data, "eft")):
+        none = run(world, tmp_path / name, *few, "--eft-size", 0, data=data)
+        assert "--eft-size 0: M1 learns from ift.jsonl alone" in capsys.readouterr().out
+        assert {p.name for p in (none / "M1").glob("eft*")} == set() and len(metrics(none, "M1")) == -(-21 // 5)
+    assert (none / "M1/model.safetensors").read_bytes() == (tmp_path / "ranked/M1/model.safetensors").read_bytes()
+
+
+def test_a_judge_that_agrees_with_nobody_ends_the_run_and_eft_rows_of_ones_own_help(world, ranked_world, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(ranked_world, data)
+    flags = flags_of(world, tmp_path / "run", "--iters", 1, "--sft-epochs", 1, "--max-judgement", 2, data=data)
+    words = ("M1: of 70 judgements of 36 ranked replies none", "{'no readable verdict': 70}", "better --init",
+             data / "eft.jsonl", "--eft-size 0")  # fmt: skip
+    refused(start(flags, tmp_path / "log"), *words)
+    before = products(tmp_path / "run")
+    assert {"M1/eft_judgements.jsonl", "M1/eft_report.json", "SFT/config.json"} <= before.keys()
+    again = start(flags, tmp_path / "log2")
+    refused(again, *words)
+    assert "SFT writes EFT judgements" not in again.out  # they are there
+    same(products(tmp_path / "run"), before)
+    ranked = read_rows(data / "eft_ranked.jsonl")
+    for other in (ranked[1:], [ranked[0] | {"prompt": "Another?"}, *ranked[1:]]):
+        write_rows(data / "eft_ranked.jsonl", other)
+        refused(start(flags, tmp_path / "log"), "M1/eft_judgements.jsonl: judges other replies", "remove it")
+    shutil.copy(world.data / "eft.jsonl", data)
+    result = start(flags, tmp_path / "log3")
+    assert result.code == 0, result.err
+    assert len(metrics(tmp_path / "run", "M1")) == -(-42 // 5) and not (tmp_path / "run/M1/eft.jsonl").exists()
+
+
+def test_replies_that_the_judges_prompt_has_no_room_for_are_no_eft(world, ranked_world, tmp_path):
+    shutil.copytree(ranked_world, tmp_path / "data")
+    (tmp_path / "data" / "judge.txt").write_text(LONG + "{prompt} {response}")
+    result = start(flags_of(world, tmp_path / "run", "--sft-epochs", 1, data=tmp_path / "data"), tmp_path / "log")
+    refused(result, "of 0 judgements of 36 ranked replies none", "shorten the judge template")
+
+
+def test_eft_rows_of_a_real_judge_survive_deaths_and_another_number_of_processes(world, ranked_world, tmp_path):
+    few = ("--iters", 1, "--sft-epochs", 1)
+    want = products(run(world, tmp_path / "whole", *few, data=ranked_world))
+    report = json.loads(want["M1/eft_report.json"])
+    assert report["kept"] >= 4 and len(want["M1/eft.jsonl"].splitlines()) == report["kept"]
+    flags = flags_of(world, tmp_path / "run", *few, data=ranked_world)
+    deaths = [("sampling", "SFT writes EFT judgements", 5), ("file", "M1/eft_judgements.jsonl", 0),
+              ("file", "M1/eft.jsonl", 0), ("step", "M1", 3)]  # fmt: skip
+    for number, death in enumerate(deaths):
+        result = start(flags, tmp_path / f"log{number}", kill=death)
+        assert result.code == -9, (death, result.err)
+    result = start(flags, tmp_path / "log")
+    assert result.code == 0, result.err
+    same(products(tmp_path / "run"), want)
+    out = part_of(tmp_path / "whole", tmp_path / "two", "SFT/*")
+    late = ("late", "eft.jsonl", 1)  # and they agree on what is done, however long each takes to look
+    result = start(flags_of(world, out, *few, data=ranked_world), tmp_path / "log2", world=2, kill=late, timeout=60)
+    assert result.codes == [0, 0], result.err
+    ours, theirs = (read_rows(folder / "M1/eft_judgements.jsonl") for folder in (out, tmp_path / "whole"))
+    assert len(ours) == len(theirs) and sum(a != b for a, b in zip(ours, theirs, strict=True)) <= len(ours) / 50
+    assert result.out.count("M1: EFT {") == 1
+
+
 # ---- knobs -------------------------------------------------------------------------------------------------
 
 NOWHERE = ["--data", "/nowhere"]  # no recipe.json there
@@ -750,6 +896,7 @@ EFFECTS = [  # a flag, another value, the first product that must change by it
     ("top-p", "0.5", "M2/candidates.jsonl"),
     ("max-response", "4", "M2/candidates.jsonl"),
     ("max-judgement", "9", "M2/judgements.jsonl"),
+    ("eft-size", "0", "M1/model.safetensors"),
     ("sft-lr", "1e-3", "SFT/model.safetensors"),
     ("sft-epochs", "4", "SFT/model.safetensors"),
     ("dpo-lr", "1e-4", "M2/model.safetensors"),
@@ -826,6 +973,15 @@ BAD_DATA = {
                                 ["eft.jsonl", "2", "Score: n"]),
     "ranks that do not fit": ({"eft_eval.jsonl": [{"prompt": "x", "responses": ["a", "b"], "ranks": [0]}]},
                               ["eft_eval.jsonl", "1"]),
+    "ranks of eft_ranked that do not fit": (
+        {"eft.jsonl": None, "eft_ranked.jsonl": [{"prompt": "x", "responses": ["a", "b"], "ranks": [0]}]},
+        ["eft_ranked.jsonl", "row 1"]),
+    "eft_ranked with a null": (
+        {"eft.jsonl": None, "eft_ranked.jsonl": [{"prompt": "x", "responses": ["a", None], "ranks": [0, 1]}]},
+        ["eft_ranked.jsonl", "row 1"]),
+    "eft_ranked without ranks": (
+        {"eft.jsonl": None, "eft_ranked.jsonl": [{"prompt": "x", "responses": ["a", "b"]}]},
+        ["eft_ranked.jsonl:1", "no usable ranks"]),
     "template without response": ({"judge.txt": "Grade {prompt}.\n"}, ["judge.txt", "{response}"]),
     "no judge template": ({"judge.txt": None}, ["judge.txt", "not found"]),
     "no writer template": ({"propose.txt": None}, ["propose.txt", "not found"]),
@@ -885,6 +1041,7 @@ BAD_FLAGS = {
     "no models": (["--iters", "0"], ["--iters"], 1),
     "one candidate": (["--candidates", "1"], ["--candidates"], 1),
     "no prompts": (["--prompts", "0"], ["--prompts"], 1),
+    "fewer than no EFT rows": (["--eft-size", "-1"], ["--eft-size"], 1),
     "a reference that never comes": (["--reference", "M9"], ["--reference"], 1),
     "a guard over all scores": (["--length-guard", "1"], ["--length-guard"], 1),
     "a control that is none": (["--control", "flip"], ["--control"], 1),
@@ -1061,10 +1218,19 @@ def test_real_llama_weights_and_open_assistant_rows(world, tmp_path):
     source = SHARED / "oasst" / "en_100_tree.jsonl"
     prepare = [sys.executable, "data/oasst/prepare.py", str(source), "--out", str(data)]
     subprocess.run(prepare, cwd=ROOT, check=True, capture_output=True, timeout=60)
+    (tmp_path / "judge.txt").write_text("User: {prompt}\nAnswer: {response}\nReasons, then Score: <0 to 5>")
     flags = {"init": SHARED / "stories260K" / "hf", "data": data, "out": out, "iters": 2, "prompts": 4, "batch": 8,
-             "max-prompt": 48, "candidates": 2, "votes": 1, "max-response": 32, "max-judgement": 16, "sft-lr": 1e-3,
-             "sft-epochs": 2, "writer-temperature": 0.8}  # fmt: skip
+             "judge-template": tmp_path / "judge.txt", "sample-batch": 64, "max-prompt": 48, "candidates": 2,
+             "votes": 1, "max-response": 32, "max-judgement": 16, "sft-lr": 1e-3, "sft-epochs": 2,
+             "writer-temperature": 0.8}  # fmt: skip
     argv = [x for key, value in flags.items() for x in (f"--{key}", value)]
+    result = start(argv, tmp_path / "log0")  # it tells stories and cannot judge
+    refused(result, "M1: of ", "judgements of 71 ranked replies none can be learned from", "no readable verdict")
+    report, said = json.loads((out / "M1/eft_report.json").read_text()), read_rows(out / "M1/eft_judgements.jsonl")
+    assert report["dropped"] == {"no readable verdict": len(said)} and report["kept"] == 0 and len(said) > 20
+    assert report["replies"] - report["not_judged"] == len(said) and report["ranked_prompts"] == 22
+    rows = read_rows(data / "ift.jsonl")[:9]
+    write_rows(data / "eft.jsonl", [r | {"response": "Yes.", "judgement": "Score: 1"} for r in rows])
     result = start(argv, tmp_path / "log")
     lines = metrics(out, "SFT")
     half = len(lines) // 2

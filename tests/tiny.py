@@ -58,6 +58,11 @@ def judgement(rng: random.Random) -> str:
     return f"It is {('bad', 'poor', 'fine', 'good')[points // 2 + points // 5]}.\nScore: {points}"
 
 
+def rankings(rng: random.Random, prompts: list[str]) -> list[dict]:
+    return [{"prompt": p, "responses": [answer(rng, p) + x for x in ("", " So.", "?")], "ranks": [0, 1, 2]}
+            for p in prompts]  # fmt: skip
+
+
 def write_rows(path: Path, rows: list[dict]):
     path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
 
@@ -70,9 +75,7 @@ def make_data(folder: Path):
     folder.mkdir(parents=True)
     write_rows(folder / "ift.jsonl", ift)
     write_rows(folder / "eft.jsonl", [r | {"judgement": judgement(rng)} for r in ift])
-    ranked = [{"prompt": p, "responses": [answer(rng, p) + x for x in ("", " So.", "?")], "ranks": [0, 1, 2]}
-              for p in exam]  # fmt: skip
-    write_rows(folder / "eft_eval.jsonl", ranked)
+    write_rows(folder / "eft_eval.jsonl", rankings(rng, exam))
     write_rows(folder / "test.jsonl", [{"prompt": p} for p in test])
     (folder / "judge.txt").write_text(JUDGE)
     (folder / "propose.txt").write_text(PROPOSE)
@@ -213,6 +216,14 @@ def kill_at(place: str, what: str, count: int, act: str = "die", rank: str = "")
             return die() if calls[0] == count else old_logps(*args)
 
         train.sequence_logps = sequence_logps
+    elif place == "late":  # no death: all processes but the first look `count` seconds late for the file `what`
+        old_exists = Path.exists
+
+        def exists(path):
+            time.sleep(count if path.name == what and os.environ.get("RANK") != "0" else 0)
+            return old_exists(path)
+
+        Path.exists = exists
     else:
         raise ValueError(place)
 

@@ -1,21 +1,23 @@
 """Open Assistant exports -> a data folder for train.py: instruction pairs and human rankings (paper, 2.1).
 
-    python data/oasst/prepare.py FILE [FILE ...] --out DIR [--valid FILE ... | --holdout 0.1]
+    python data/oasst/prepare.py FILE [FILE ...] --out DIR [--valid FILE ... | --holdout 0.1] [--exclude FILE ...]
 
 Every shape of export becomes flat messages first (trees, nested or flat messages, HF rows; nulls kept or dropped;
 plain or gzip), so each rule below exists once. Only the first turn counts: a root prompt and the assistant's
-direct replies. The best-ranked reply makes a row of ift.jsonl, two or more make a row of eft_ranked.jsonl.
-Held-out prompts (--valid, --holdout) go to eft_eval.jsonl and test.jsonl instead and are never trained on.
-Drops are counted by reason and printed; what cannot be read ends the run before any file is touched.
+direct replies. A prompt is for IFT (its best-ranked reply makes a row of ift.jsonl) or for EFT (two or more ranked
+replies make a row of eft_ranked.jsonl), never for both.
+Held-out prompts (--valid, --holdout) go to eft_eval.jsonl and test.jsonl instead and are never trained on, nor are
+those of --exclude. Drops are counted by reason and printed; what cannot be read ends the run before any file is
+touched.
 
-Left out: disjoint prompts for IFT and EFT (here both lists share them; the paper's split belongs where the judge
-is trained), the judgements of eft.jsonl (the SFT baseline writes them), valid.jsonl, later turns, labels.
+Left out: the judgements of eft.jsonl (train.py has the SFT baseline write them), valid.jsonl, later turns, labels.
 """
 
 import argparse
 import gzip
 import hashlib
 import json
+import math
 import os
 import random
 import sys
@@ -26,6 +28,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TEMPLATES = ("judge.txt", "propose.txt")
+ALLOWANCE = 2  # EFT prompts set aside, in times of what --eft-size needs: half of the judgements may be dropped
 FIELDS = ("role", "text", "lang", "rank", "deleted", "review_result", "synthetic")  # what the rules read
 
 
@@ -57,7 +60,7 @@ def read_lines(path: str):
             raise BadInput(f"{path}:{number + 1}: {what}; fetch the file again") from None
 
 
-def read_rows(path: str):
+def read_rows(path: str, parse=json.loads):
     """Yield ("FILE:LINE", object) of each JSON line. Blank lines are skipped; no row at all is an error."""
     where = None
     for number, line in read_lines(path):
@@ -65,7 +68,7 @@ def read_rows(path: str):
             continue
         where = f"{path}:{number}"
         try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            row = parse(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as err:
             what = f"byte {err.start + 1} of the line is not UTF-8"
             raise BadInput(f"{where}: {what}; give a .jsonl or .jsonl.gz export") from None
@@ -156,8 +159,42 @@ def key(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def select(messages: dict[str, dict], counts: Counter, args: argparse.Namespace, taken: set) -> list[Prompt]:
-    """Usable root prompts in file order, with usable ranked replies. `taken`: ids and keys to leave alone."""
+def either(line: str) -> dict | str:
+    """A line of JSON, an object or a string, or of plain text."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        if line.lstrip().startswith("{"):
+            raise
+        return line
+    return row if isinstance(row, dict | str) else line
+
+
+def excluded(path: str) -> set[str]:
+    """Keys of the prompts in a file: a JSON list, or lines of JSON (both of objects or strings) or of plain text."""
+    whole = b"".join(line for _, line in read_lines(path)).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if whole.startswith(b"["):
+        try:
+            rows = [(f"{path}: item {i}", row) for i, row in enumerate(json.loads(whole.decode()), 1)]
+        except (ValueError, RecursionError) as err:
+            what = f"begins with [ but is no JSON list in UTF-8 ({getattr(err, 'msg', err)})"
+            raise BadInput(f"{path}: {what}; mend the file or fetch it again") from None
+    else:
+        rows = read_rows(path, either)
+    keys = set()
+    for where, row in rows:
+        text = (row.get("instruction") or row.get("prompt")) if isinstance(row, dict) else row
+        if not isinstance(text, str) or not text.strip():
+            raise BadInput(f"{where}: no text in instruction or prompt; give a list of prompts, or one a line")
+        keys.add(key(text))
+    if not keys:
+        raise BadInput(f"{path}: no prompt in the file; fetch it again")
+    print(f"{path}: {len(keys)} different prompts to leave out")
+    return keys
+
+
+def select(messages: dict[str, dict], counts: Counter, args: argparse.Namespace, taken: dict) -> list[Prompt]:
+    """Usable root prompts in file order, with usable ranked replies. `taken`: ids and keys to leave alone -> why."""
     children = {}
     for message in messages.values():
         children.setdefault(message["parent"], []).append(message)
@@ -168,8 +205,8 @@ def select(messages: dict[str, dict], counts: Counter, args: argparse.Namespace,
         reason = fault(root, "prompter", args)
         if reason is None and root["tree_state"] not in (None, "ready_for_export"):
             reason = "not ready for export"  # still growing, given up, halted by a moderator
-        if reason is None and not taken.isdisjoint((root["id"], key(root["text"]))):
-            reason = "in the --valid files too"
+        if reason is None:
+            reason = taken.get(root["id"]) or taken.get(key(root["text"]))
         if reason:
             counts[f"trees dropped: {reason}"] += 1
             continue
@@ -188,13 +225,13 @@ def select(messages: dict[str, dict], counts: Counter, args: argparse.Namespace,
     return prompts
 
 
-def load(paths: list[str], args: argparse.Namespace, taken: set = frozenset()) -> list[Prompt]:
+def load(paths: list[str], args: argparse.Namespace, taken: dict) -> list[Prompt]:
     """Files -> prompts, with a printed account of what was read, dropped and found."""
-    counts = Counter()
+    counts = Counter({f"trees dropped: {reason}": 0 for reason in taken.values()})
     prompts = select(gather(paths, counts), counts, args, taken)
     print(*paths, sep=", ")
     for what, number in counts.items():
-        if number:
+        if number or "files" in what:  # 0 says that --exclude met none: is it the right file?
             print(f"  {number:7} {what}")
     print(f"  found: {summary(prompts)}")
     return prompts
@@ -229,10 +266,31 @@ def test_rows(prompts: list[Prompt], size: int, seed: int) -> list[dict]:
     return [{"prompt": texts[i]} for i in sorted(drawn)]
 
 
-def is_held_out(prompt: Prompt, share: float, seed: int) -> bool:
-    """By a hash of the text, not of the id: a prompt asked twice must not land on both sides."""
+def draw(prompt: Prompt, seed: int) -> float:
+    """A number in [0, 1) by a hash of the text, not of the id: a prompt asked twice must not land on both sides."""
     digest = hashlib.sha256(f"{seed}:{key(prompt.text)}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def divide(prompts: list[Prompt], args: argparse.Namespace) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts for IFT and prompts for EFT, none in both (paper, 3.1). Only rankings serve EFT, all serve IFT.
+
+    EFT wants as many as --eft-size judgements take; where prompts are too few for both, both shrink alike.
+    """
+    usable, ranked = ([p for p in prompts if len(p.replies) >= least] for least in (1, 2))
+    mean = sum(len(p.replies) for p in ranked) / max(1, len(ranked))
+    wanted = math.ceil(ALLOWANCE * args.eft_size / mean) if ranked else 0
+    count = round(wanted * min(1, len(usable) / (args.ift_size + wanted)))
+    drawn = {key(p.text) for p in sorted(ranked, key=lambda p: draw(p, args.seed))[:count]}
+    eft = [p for p in ranked if key(p.text) in drawn]
+    rest = [p for p in usable if key(p.text) not in drawn]
+    ift = {p.id for p in sorted(rest, key=lambda p: draw(p, args.seed))[: args.ift_size]}
+    ift = [p for p in rest if p.id in ift]
+    print(f"  wanted: {args.ift_size} prompts for IFT and {wanted} for EFT (enough for {args.eft_size} judgements:")
+    print(f"  {mean:.2f} replies a prompt, and {ALLOWANCE} times as many, since some judgements will be dropped)")
+    left = len(usable) - len(ift) - len(eft)
+    print(f"  divided: {len(ift)} prompts for IFT and {len(eft)} for EFT, {left} left over")
+    return ift, eft
 
 
 def write(out: Path, files: dict[str, bytes]) -> None:
@@ -252,15 +310,18 @@ def prepare(args: argparse.Namespace) -> None:
     """The whole run: read, hold out, write. A table without rows is not written; train.py can do without some."""
     out, split = Path(args.out), bool(args.valid or args.holdout)
     files = {name: (HERE / name).read_bytes() for name in TEMPLATES}
-    held = load(args.valid, args) if args.valid else []
-    prompts = load(args.files, args, taken={p.id for p in held} | {key(p.text) for p in held})
+    taken = {k: "in the --exclude files" for path in args.exclude for k in excluded(path)}
+    held = load(args.valid, args, {}) if args.valid else []
+    taken |= {k: "in the --valid files too" for p in held for k in (p.id, key(p.text))}
+    prompts = load(args.files, args, taken)
     if args.holdout:
-        held = [p for p in prompts if is_held_out(p, args.holdout, args.seed)]
-        prompts = [p for p in prompts if not is_held_out(p, args.holdout, args.seed)]
+        held = [p for p in prompts if draw(p, args.seed) < args.holdout]
+        prompts = [p for p in prompts if draw(p, args.seed) >= args.holdout]
         print(f"  held out: {summary(held)}")
+    ift, eft = divide(prompts, args)
     tables = {
-        "ift.jsonl": ift_rows(prompts),
-        "eft_ranked.jsonl": ranked_rows(prompts),
+        "ift.jsonl": ift_rows(ift),
+        "eft_ranked.jsonl": ranked_rows(eft),
         "eft_eval.jsonl": ranked_rows(held),
         "test.jsonl": test_rows(held, args.test_size, args.seed),
     }
@@ -268,7 +329,7 @@ def prepare(args: argparse.Namespace) -> None:
         if rows:
             files[name] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         elif name == "ift.jsonl" or name == "test.jsonl" and split:
-            raise BadInput(f"{out / name}: would have no row; see the counts above, --lang and --holdout")
+            raise BadInput(f"{out / name}: would have no row; see the counts above, --lang, --exclude and --holdout")
         elif (out / name).exists():
             what = "is of another run, and its prompts might be on both sides now"
             raise BadInput(f"{out / name}: {what}; remove it, or give --valid or --holdout")
@@ -291,15 +352,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     split = parser.add_mutually_exclusive_group()
     split.add_argument("--valid", nargs="+", default=[], metavar="FILE", help="exports to examine on")
     split.add_argument("--holdout", type=float, default=0.0, help="or: the share of the prompts to examine on")
+    parser.add_argument("--ift-size", type=int, default=3200, help="most rows of ift.jsonl")
+    parser.add_argument("--eft-size", type=int, default=1630, help="judgements to make of eft_ranked.jsonl")
+    exclude = {"nargs": "+", "action": "extend", "default": [], "metavar": "FILE"}
+    parser.add_argument("--exclude", **exclude, help="prompts never to train on: JSON (lines) or a prompt a line")
     parser.add_argument("--keep-synthetic", action="store_true", help="keep messages that a model wrote")
     parser.add_argument("--lang", default="en", help="language of prompts and replies")
     parser.add_argument("--test-size", type=int, default=256, help="most prompts in test.jsonl")
-    parser.add_argument("--seed", type=int, default=0, help="of --holdout and of the draw of test.jsonl")
+    parser.add_argument("--seed", type=int, default=0, help="of all draws")
     args = parser.parse_args(argv)
     if not 0 <= args.holdout < 1:
         parser.error("--holdout must be at least 0 and below 1")
-    if args.test_size < 1:
-        parser.error("--test-size must be 1 or more")
+    if min(args.test_size, args.ift_size) < 1 or args.eft_size < 0:
+        parser.error("--test-size and --ift-size must be 1 or more, --eft-size 0 or more")
     return args
 
 
