@@ -893,107 +893,95 @@ def sampling_memory(cfg: Config, shape: ModelConfig, gpus: int, rows: int, lengt
 def seed_sizes(cfg: Config, tok=None) -> dict[str, list[int]]:
     """Tokens of each row of the data folder: by the tokenizer, or without one 4 characters a token and the format's 10.
 
-    ranked and exam are the judge's prompts about people's replies, "template" is one that asks about nothing.
+    Rows that the run itself makes of eft_ranked.jsonl count as empty ones here: `workload` knows how long they may be.
     """
     data = Path(cfg.data)
     if not data.is_dir():
         raise BadInput(f"{data}: no such folder; --data names a folder with ift.jsonl, judge.txt and propose.txt")
-
-    def rows(name, *keys, read=read_rows):
-        return read(data / name, *keys) if (data / name).exists() else []
-
-    def size(prompt, response=None):
-        texts = len(prompt + (response or "")) // 4 + 10
-        return texts if tok is None else len(tok.chat(prompt)) + (len(tok.response(response)) if response else 0)
-
     path = Path(cfg.judge_template or data / "judge.txt")
-    asked = partial(judge.judge_prompt, path.read_text(encoding="utf-8") if path.exists() else "")
-    eft = rows("eft.jsonl", "prompt", "response", "judgement") if cfg.eft_size else []
-    ranked = [[(r["prompt"], text) for r in rows(name, read=judge.read_ranked) for text in r["responses"]]
-              for name in ("eft_ranked.jsonl", "eft_eval.jsonl")]  # fmt: skip
+    template = path.read_text(encoding="utf-8") if path.exists() else ""
+
+    def rows(name, *keys):
+        return read_rows(data / name, "prompt", *keys) if (data / name).exists() else []
+
+    def size(prompt, response):
+        return len(tok.chat(prompt) + tok.response(response)) if tok else len(prompt + response) // 4 + 10
+
+    eft = [size(judge.judge_prompt(template, r["prompt"], r["response"]), r["judgement"])
+           for r in rows("eft.jsonl", "response", "judgement")]  # fmt: skip
     return {
-        "ift": [size(r["prompt"], r["response"]) for r in rows("ift.jsonl", "prompt", "response")] or SEEDS,
-        "eft": [size(asked(r["prompt"], r["response"]), r["judgement"]) for r in eft],
-        "ranked": [size(asked(*r)) for r in ranked[0]] if cfg.eft_size and not eft else [],
-        "exam": [size(asked(*r)) for r in ranked[1]],
-        "test": [size(r["prompt"]) for r in rows("test.jsonl", "prompt")],
-        "template": [size(asked("", ""))],
+        "ift": [size(r["prompt"], r["response"]) for r in rows("ift.jsonl", "response")] or SEEDS,
+        "eft": (eft or [0] * cfg.eft_size * (data / "eft_ranked.jsonl").exists()) if cfg.eft_size else [],
+        "template": [size(template, "")],
     }
 
 
 def workload(cfg: Config, shape: ModelConfig, sizes: dict[str, list[int]]) -> dict[str, dict[str, int]]:
-    """Model -> tokens to train on, to sample and to read (forward alone) for it, if every text is as long as it may be,
-    every prompt gives a pair and no request for a prompt fails. What few-shot requests read is not counted."""
+    """Model -> tokens to train on, to sample and to read (no backward pass) for it, if every text is as long as it may
+    be, every prompt gives a pair and no request for a prompt fails. Left out: few-shot requests, EFT's making, exams."""
     written, answer, grade = (min(n, shape.max_len // 2) for n in (cfg.max_prompt, cfg.max_response, cfg.max_judgement))
-    ift, eft, ranked, exam, test, (template,) = (sizes[k] for k in ("ift", "eft", "ranked", "exam", "test", "template"))
-    judged = min(shape.max_len - grade, template + written + answer)
-    eft = sum(eft) + min(cfg.eft_size, cfg.votes * len(ranked)) * (max(ranked, default=0) + grade)
-    todo = {"SFT": {"trained": cfg.sft_epochs * sum(ift), "sampled": 0, "read": 0}}
-    todo["M1"] = {"trained": cfg.sft_epochs * (sum(ift) + eft), "sampled": len(ranked) * cfg.votes * grade,
-                  "read": sum(ranked)}  # fmt: skip
+    asked = written + 10  # with the chat format
+    judged = min(shape.max_len - grade, sum(sizes["template"]) + written + answer)
+    ift, eft = sum(sizes["ift"]), sum(n or judged + grade for n in sizes["eft"])
+    todo = {name: {"trained": cfg.sft_epochs * rows, "sampled": 0, "read": 0}
+            for name, rows in (("SFT", ift), ("M1", ift + eft))}  # fmt: skip
     counts = [int(n) for n in cfg.prompts.split(",")]
     for t in range(1, cfg.iters):
         prompts = counts[min(t, len(counts)) - 1]
-        pairs = prompts * 2 * (written + 10 + answer)
+        pairs = prompts * 2 * (asked + answer)
         todo[f"M{t + 1}"] = {
             "trained": cfg.dpo_epochs * pairs,
             "sampled": prompts * (written + cfg.candidates * (answer + cfg.votes * grade)),
-            "read": prompts * (written + 10 + cfg.candidates * judged) + pairs,  # the pairs by the frozen reference
+            "read": prompts * (asked + cfg.candidates * judged) + pairs,  # the pairs for the reference's column
         }
-    for work in todo.values():  # every model is examined
-        work["sampled"] += len(test) * answer + len(exam) * cfg.votes * grade
-        work["read"] += sum(test) + sum(exam)
     return todo
 
 
 def plan(cfg: Config, shape: ModelConfig, machine: dict, sizes: dict[str, list[int]]) -> dict:
     """Bytes a GPU by phase and part, tokens and hours by model, bytes on disk by kind. Starts and reads nothing.
 
-    Training takes 6 operations a parameter and token (8 with recomputation), reading 2 (Kaplan et al. 2020, table 1). A
-    sampled token of each sequence takes the time to read the weights and half of a full cache once.
+    Training takes 6 operations a parameter and token (8 with recomputation), reading 2 (Kaplan et al. 2020, section
+    2.1). To sample a token of each sequence takes the time to read the weights and half of a full cache.
     """
     if min(machine.values()) <= 0:
         raise BadInput("--gpus, --gpu-memory and --rate are more than 0")
     gpus, (n, _) = machine["gpus"], parameters(shape)
     check_world(cfg, gpus)
-    check_tp(shape, cfg.tp, cfg.init or "the preset")
+    check_tp(shape, cfg.tp, cfg.init or "--preset")
     training = training_memory(cfg, shape, gpus, *micro_batch(cfg, shape, gpus))
     sampling = sampling_memory(cfg, shape, gpus, cfg.sample_batch, shape.max_len)
-    step = (sampling["gathered"] + sampling["KV cache"] / 2) / BANDWIDTH / cfg.sample_batch / (gpus // cfg.tp)
-    flops, todo = gpus * machine["rate"] * 1e12, workload(cfg, shape, sizes)
+    token = (sampling["gathered"] + sampling["KV cache"] / 2) / BANDWIDTH / (cfg.sample_batch * gpus // cfg.tp)
+    todo = workload(cfg, shape, sizes)
     for work in todo.values():
-        products = (8 if cfg.recompute else 6) * work["trained"] + 2 * work["read"]
-        work["hours"] = (products * n / flops + work["sampled"] * step) / 3600
+        products = ((8 if cfg.recompute else 6) * work["trained"] + 2 * work["read"]) * n
+        work["hours"] = (products / (gpus * machine["rate"] * 1e12) + work["sampled"] * token) / 3600
     return {
         "memory": {"training": training | {"reserve": RESERVE}, "sampling": sampling | {"reserve": RESERVE}},
+        "rows": {name: (len(rows), sum(rows) // max(1, len(rows))) for name, rows in sizes.items()},
         "models": todo,
-        "disk": {"models": (cfg.iters + 1) * n * getattr(torch, cfg.save_dtype).itemsize,
-                 "checkpoints": 2 * 12 * n},  # weights and two moments in fp32, twice while one replaces the other
+        "disk": {f"{cfg.iters + 1} models": (cfg.iters + 1) * n * getattr(torch, cfg.save_dtype).itemsize,
+                 "2 checkpoints": 2 * 12 * n},  # weights, two moments in fp32; one there, one being saved
     }  # fmt: skip
 
 
 def show_plan(cfg: Config, machine: dict, found: dict):
-    """Print the plan; BadInput, with the remedy, if it cannot be."""
+    """Print the plan; BadInput, with the remedy, if it does not fit."""
+    room = machine["gpu_memory"]
     for phase, parts in found["memory"].items():
-        shown = ", ".join(f"{part} {size / GiB:.2f}" for part, size in parts.items())
-        log(f"{phase}: {sum(parts.values()) / GiB:.1f} of {machine['gpu_memory']:g} GiB a GPU: {shown}")
+        shown = ", ".join(f"{part} {size / GiB:.1f}" for part, size in parts.items())
+        log(f"{phase}: {sum(parts.values()) / GiB:.1f} of {room:g} GiB a GPU: {shown}")
+    log("rows: " + ", ".join(f"{name} {n:,} of {mean:,} tokens" for name, (n, mean) in found["rows"].items()))
     rows = [(name, *(f"{work[k]:,}" for k in ("trained", "sampled", "read")), work["hours"])
             for name, work in found["models"].items()]  # fmt: skip
-    title = (f"tokens at most, and hours on {machine['gpus']} GPUs that sustain {machine['rate']:g} TFLOP/s each and "
-             f"read {BANDWIDTH / 1e12:g} TB/s while they sample")  # fmt: skip
+    title = (f"tokens at most, and hours at {machine['gpus']} GPUs of {machine['rate']:g} TFLOP/s sustained, "
+             f"{BANDWIDTH / 1e12:g} TB/s while they sample: {sum(row[-1] for row in rows):.1f} in all")  # fmt: skip
     log(judge.table(title, ["", "trained", "sampled", "read", "hours"], rows))
-    log(f"hours in all: {sum(work['hours'] for work in found['models'].values()):.1f}")
-    log("disk: " + ", ".join(f"{what} {size / GiB:.3g} GiB" for what, size in found["disk"].items()))
-    remedies = {"training": ["--tp 8", "--recompute", "--offload", "more --gpus", "a smaller --micro-batch"],
-                "sampling": ["--tp 8", "more --gpus", "a smaller --sample-batch"]}  # fmt: skip
+    log("disk: " + ", ".join(f"{what} {size / GiB:,.1f} GiB" for what, size in found["disk"].items()))
+    remedies = {"training": "--recompute, --offload, a smaller --micro-batch", "sampling": "a smaller --sample-batch"}
     for phase, parts in found["memory"].items():
-        if (needs := sum(parts.values()) / GiB) > machine["gpu_memory"]:
-            helps = [
-                r
-                for r in remedies[phase]
-                if not (r == "--recompute" and cfg.recompute or r == "--offload" and cfg.offload)
-            ]
-            raise BadInput(f"{phase} needs {needs:.0f} GiB of {machine['gpu_memory']:g} a GPU: try {', '.join(helps)}")
+        if (needs := sum(parts.values()) / GiB) > room:
+            raise BadInput(f"{phase} needs {needs:.1f} GiB of {room:g} a GPU: try a larger --tp, more --gpus, "
+                           f"{remedies[phase]}")  # fmt: skip
 
 
 # ---- flags -------------------------------------------------------------------------------------------------
