@@ -45,7 +45,7 @@ from tqdm import tqdm
 import judge
 import sample
 from dpo import collate, preference_loss, sequence_logps, sft_loss
-from model import BadInput, gathered, load, parallelize, read_json, save, write_json, write_text
+from model import BadInput, gathered, load, parallelize, quick_products, read_json, save, write_json, write_text
 from sample import alpaca_rows, read_rows
 
 
@@ -375,6 +375,7 @@ def optimize(cfg: Config, model, name, plan, examples, *, pack, loss, units, lr:
     bar.close()
 
 
+@quick_products(16)
 def gradient(cfg: Config, model, batch, examples, *, pack, loss, units) -> tuple[dict[str, float], float]:
     """Leave the gradient of a whole batch in the model, clipped at 1, however the batch is cut.
 
@@ -528,6 +529,7 @@ def pack_pairs(rows: list[tuple], device):
     return *collate([row[:3] for row in rows], device), reference.to(device)
 
 
+@quick_products(16)
 @torch.no_grad()
 def pair_logps(cfg: Config, mesh, model, examples, plan) -> dict[int, tuple[float, float]]:
     """Row number -> the model's log-probs of chosen and rejected, for the rows of the plan, dropout off."""
