@@ -163,7 +163,7 @@ def test_sft_lowers_the_loss_and_updates_follow_the_schedule(whole):
         an_epoch = -(-rows // 5)
         assert len(lines) == an_epoch * epochs
         first, last = lines[:an_epoch], lines[-an_epoch:]
-        assert sum(r["loss"] for r in last) < 0.8 * sum(r["loss"] for r in first)
+        assert sum(r["loss"] for r in last) < 0.85 * sum(r["loss"] for r in first)
         assert max(r["lr"] for r in lines) == 3e-3 and 0.2 * 3e-3 <= lines[-1]["lr"] < 0.25 * 3e-3
         assert (lines[0]["lr"] < 3e-3) == (len(lines) >= 40)  # 5 % of the steps are warm-up
         assert [r["lr"] for r in last] == sorted((r["lr"] for r in last), reverse=True)
