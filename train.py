@@ -46,7 +46,19 @@ from tqdm import tqdm
 import judge
 import sample
 from dpo import collate, preference_loss, sequence_logps, sft_loss
-from model import BadInput, check_tp, gathered, load, parallelize, read_json, read_shape, save, write_json, write_text
+from model import (
+    BadInput,
+    check_tp,
+    gathered,
+    load,
+    parallelize,
+    quick_products,
+    read_json,
+    read_shape,
+    save,
+    write_json,
+    write_text,
+)  # fmt: skip
 from sample import alpaca_rows, read_rows
 
 
@@ -80,7 +92,7 @@ class Config:
     dpo_lr: float = 1e-6  # peak learning rate of DPO; ends at a tenth of it
     dpo_epochs: int = 1  # passes over the pairs (paper: not given)
     batch: int = 16  # rows (SFT) or pairs (DPO) an update, over all processes
-    micro_batch: int = 16  # of these, how many one process puts through the model at once
+    micro_tokens: int = 0  # most tokens that one process puts through the model at once; 0: 16384, on a CPU 2048
     save_every: int = 200  # updates between checkpoints, of which the last is kept until the model is finished
     dropout: float = 0.1  # on the residual branches, while training
     beta: float = 0.1  # of DPO
@@ -377,12 +389,13 @@ def optimize(cfg: Config, model, name, plan, examples, *, pack, loss, units, lr:
     """Update the model on every batch of the plan: AdamW, 5 % warm-up, cosine from lr to end * lr, clipping at 1.
 
     pack(rows) makes the tensors that loss(model, *tensors) takes; it returns a sum over units, of which units(row)
-    says how many a row has. The gradient is that of the whole batch, however it is cut. It goes on from the last
-    checkpoint. BadInput on a loss that is not finite; the models finished so far are on disk.
+    says how many a row has. It goes on from the last checkpoint. BadInput on a loss that is not finite; the models
+    finished so far are on disk.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     warm = max(1, round(0.05 * len(plan)))
     model.train()
+    peak = matmul_rate() * dist.get_world_size() if torch.cuda.is_available() else 0
     identity = {k: v for k, v in asdict(cfg).items() if k not in FREE} | asdict(model.cfg)
     identity |= {"model": name, "steps": len(plan), "rows": digest(plan, examples)}
     begin = resume(cfg, model, optimizer, identity)
@@ -393,17 +406,8 @@ def optimize(cfg: Config, model, name, plan, examples, *, pack, loss, units, lr:
         rate = lr * min((step + 1) / warm, end + (1 - end) * cosine)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        total, sums, tokens = sum(units(examples[i]) for i in batch), Counter(), 0
         torch.manual_seed(random.Random(repr((cfg.seed, name, step, replica(cfg)[0]))).getrandbits(62))  # dropout
-        for rows, weight in micro_batches(cfg, batch):
-            tensors = pack([examples[i] for i in rows])
-            value, shown = loss(model, *tensors)
-            (value * weight * replica(cfg)[1] / total).backward()  # FSDP takes the mean over replicas
-            sums.update({k: v.item() * weight / total for k, v in shown.items()})
-            tokens += tensors[0].numel()
-        sums = reduced(sums, cfg.tp)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        sums, norm = gradient(cfg, model, batch, examples, pack=pack, loss=loss, units=units)
         if not math.isfinite(sums["loss"] + norm):
             raise BadInput(f"{name}: loss {sums['loss']}, gradient norm {norm} at step {step + 1}; earlier models "
                            "and checkpoints are whole: take a lower learning rate and another --out")  # fmt: skip
@@ -411,18 +415,64 @@ def optimize(cfg: Config, model, name, plan, examples, *, pack, loss, units, lr:
         optimizer.zero_grad(set_to_none=True)
         seconds = time.time() - began
         line = {"model": name, "step": step + 1, "steps": len(plan), **sums, "grad_norm": norm, "lr": rate}
+        if peak:
+            line["mfu"] = sum(flops(model, examples[i]) for i in batch) / seconds / peak
         write_metrics(cfg, line | {"seconds": seconds})
         bar.update()
         bar.set_postfix({k: f"{v:.3g}" for k, v in sums.items() if k in ("loss", "margin", "accuracy")})
         if bar.disable:
             shown = " ".join(f"{k} {v:.4g}" for k, v in line.items() if isinstance(v, float))
-            log(f"{name} step {step + 1}/{len(plan)} {shown} {tokens / seconds:,.0f} tok/s")
+            log(f"{name} step {step + 1}/{len(plan)} {shown} {sums['tokens'] / seconds:,.0f} tok/s")
         stop = stopping()
         if stop or (step + 1) % cfg.save_every == 0:
             checkpoint(cfg, model, optimizer, identity | {"step": step + 1})
         if stop:
             raise Stopped
     bar.close()
+
+
+@quick_products(16)
+def gradient(cfg: Config, model, batch, examples, *, pack, loss, units) -> tuple[dict[str, float], float]:
+    """Leave the gradient of a whole batch in the model, clipped at 1, however the batch is cut.
+
+    Returns means over units of what the loss shows, the batch's tokens, the share of padding, and the norm.
+    """
+    total, found, sums = sum(units(examples[i]) for i in batch), [], Counter()
+    for rows, weight in micro_batches(cfg, batch, examples):
+        tensors = pack([examples[i] for i in rows])
+        value, shown = loss(model, *tensors)
+        (value * weight * replica(cfg)[1] / total).backward()  # FSDP takes the mean over replicas
+        found.append((weight, tensors[0].numel(), shown))
+    for weight, count, shown in found:  # only now, since reading a number waits for the device
+        sums.update({k: v.item() * weight / total for k, v in shown.items()})
+        sums.update(tokens=count * weight, padding=count * (1 - weight))
+    sums = reduced(sums, cfg.tp)
+    sums["padding"] /= sums["padding"] + sums["tokens"]
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    return sums, (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def flops(model, example: tuple) -> int:
+    """Operations of a training step on one example: 6 for each weight and token that it meets, two forward and four
+    backward, and 12 * D a layer for each token that a token sees. What is computed twice to save memory counts once.
+    """
+    before, *sizes = len(example[0]) - 1, *map(len, example[1:3])  # a prompt is read once, and only answers are scored
+    seen = before * (before + 1) // 2 + sum(n * before + n * (n + 1) // 2 for n in sizes)
+    weights, cfg = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2), model.cfg
+    total = weights * (before + sum(sizes)) + cfg.vocab_size * cfg.dim * sum(sizes)
+    return 6 * total + 12 * cfg.layers * cfg.dim * seen
+
+
+def matmul_rate(size: int = 8192, count: int = 20) -> float:
+    """Operations per second of large bf16 matrix products on this GPU: the whole that utilisation is a share of."""
+    a = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
+    for n in (3, count):  # the first are warm-up
+        torch.cuda.synchronize()
+        began = time.time()
+        for _ in range(n):
+            a @ a
+        torch.cuda.synchronize()
+    return count * 2 * size**3 / (time.time() - began)
 
 
 def state(model, optimizer) -> dict:
@@ -501,15 +551,22 @@ def batches(sizes: list[int], batch: int, epochs: int, key: tuple) -> list[list[
     return plan
 
 
-def micro_batches(cfg: Config, batch: list[int]) -> list[tuple[list[int], float]]:
-    """This process's rows of a batch, `micro_batch` at a time, with their weight.
+def micro_batches(cfg: Config, batch: list[int], examples: list[tuple]) -> list[tuple[list[int], float]]:
+    """This process's rows of a batch, cut so that no cut exceeds `micro_tokens` (if no row does), with their weight.
 
-    All replicas get equally many, or collectives would hang: who has no rows left repeats one with weight 0.
+    All replicas get equally many cuts of like size, or they would wait for each other in collectives, some for
+    ever: who has no rows left repeats one with weight 0.
     """
-    (place, count), micro = replica(cfg), cfg.micro_batch
-    mine = batch[place::count]
-    cut = [(mine[at : at + micro], 1.0) for at in range(0, len(mine), micro)]
-    return cut + [(batch[:1], 0.0)] * (-(-len(batch) // (count * micro)) - len(cut))
+    size = {i: sum(map(len, examples[i][:3])) for i in batch}
+    place, replicas = replica(cfg)
+    room = max(cfg.micro_tokens or (16384 if torch.cuda.is_available() else 2048), *size.values())
+    for count in range(1, len(batch) + 1):
+        cuts = [[] for _ in range(count * replicas)]
+        for i in sorted(batch, key=size.get, reverse=True):  # the longest first, each to the emptiest cut
+            min(cuts, key=lambda cut: sum(size[j] for j in cut)).append(i)
+        if max(sum(size[i] for i in cut) for cut in cuts) <= room:
+            break
+    return [(cut, 1.0) if cut else (batch[:1], 0.0) for cut in cuts[place::replicas]]
 
 
 def pair_examples(tok, pairs: list[dict]) -> list[tuple]:
@@ -524,12 +581,12 @@ def size(example: tuple) -> int:
 
 
 def pack_pairs(rows: list[tuple], device):
-    """B pairs -> tokens and targets (2B, T), reference (2B,): the chosen rows, then the rejected ones."""
-    tokens, targets = collate([(p, c) for p, c, *_ in rows] + [(p, r) for p, _, r, _ in rows], device)
-    reference = torch.tensor([c for *_, (c, _) in rows] + [r for *_, (_, r) in rows], dtype=torch.float32)
-    return tokens, targets, reference.to(device)
+    """B pairs -> tokens, targets and layout of 2B rows, chosen and rejected in turn, and their reference (2B,)."""
+    reference = torch.tensor([logp for *_, both in rows for logp in both], dtype=torch.float32)
+    return *collate([row[:3] for row in rows], device), reference.to(device)
 
 
+@quick_products(16)
 @torch.no_grad()
 def pair_logps(cfg: Config, mesh, model, examples, plan) -> dict[int, tuple[float, float]]:
     """Row number -> the model's log-probs of chosen and rejected, for the rows of the plan, dropout off."""
@@ -537,11 +594,10 @@ def pair_logps(cfg: Config, mesh, model, examples, plan) -> dict[int, tuple[floa
     found = []
     for batch in plan:
         stop_if_asked()
-        for rows, weight in micro_batches(cfg, batch):
-            tokens, targets, _ = pack_pairs([examples[i] for i in rows], mesh.device_type)
-            logps = sequence_logps(model, tokens, targets).tolist()
+        for rows, weight in micro_batches(cfg, batch, examples):
+            logps = sequence_logps(model, *collate([examples[i][:3] for i in rows], mesh.device_type)).tolist()
             if weight:
-                found += zip(rows, logps[: len(rows)], logps[len(rows) :], strict=True)
+                found += zip(rows, logps[::2], logps[1::2], strict=True)
     return {i: (chosen, rejected) for i, chosen, rejected in share(found)}
 
 
@@ -829,7 +885,8 @@ def checked(cfg: Config) -> Config:
         (cfg.iters >= 1, "--iters counts models from M1 on and is at least 1"),
         (re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", cfg.prompts), "--prompts is a number of prompts, or several: 300,700"),
         (cfg.candidates >= 2, "--candidates must be at least 2, or there is nothing to prefer"),
-        (min(cfg.votes, cfg.batch, cfg.micro_batch, cfg.sample_batch) >= 1, "votes and batches are at least 1"),
+        (min(cfg.votes, cfg.batch, cfg.sample_batch) >= 1, "votes and batches are at least 1"),
+        (cfg.micro_tokens >= 0, "--micro-tokens is at least 1, or 0 for the default"),
         (cfg.save_every >= 1, "--save-every counts updates and is at least 1"),
         (cfg.eft_size >= 0, "--eft-size is a number of rows, or 0"),
         (min(cfg.sft_epochs, cfg.dpo_epochs) >= 1, "epochs are at least 1"),

@@ -39,7 +39,7 @@ SHAPE = {"dim": 48, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 96, "max_len"
 RECIPE = {
     "prompts": "9,7", "max_prompt": 24, "rouge": 0.95, "candidates": 3, "votes": 2, "temperature": 1.0,
     "top_p": 1.0, "max_response": 12, "max_judgement": 24, "sample_batch": 64, "sft_lr": 3e-3, "sft_epochs": 5,
-    "dpo_lr": 1e-3, "dpo_epochs": 3, "batch": 5, "micro_batch": 5,
+    "dpo_lr": 1e-3, "dpo_epochs": 3, "batch": 5,
 }  # fmt: skip
 
 
@@ -104,8 +104,8 @@ def make_base(folder: Path, seed: int = 0, steps: int = 300):
     net = Llama(ModelConfig(vocab_size=tok.size, **SHAPE))
     optimizer = torch.optim.AdamW(net.parameters(), lr=5e-3, betas=(0.9, 0.95))
     for step in range(steps):
-        tokens, targets = collate([(ids[:1], ids[1:]) for ids in rng.sample(texts, 12)])
-        loss, _ = sft_loss(net, tokens, targets)
+        tokens, targets, layout = collate([(ids[:1], ids[1:]) for ids in rng.sample(texts, 12)])
+        loss, _ = sft_loss(net, tokens, targets, layout)
         (loss / (targets >= 0).sum()).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = 5e-3 * min((step + 1) / 20, 1 - 0.9 * step / steps)
