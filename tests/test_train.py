@@ -677,6 +677,54 @@ def test_shuffled_scores_keep_what_a_prompt_got_and_change_who_got_it(world, who
     assert ours == told(judge.prefer(prompts, candidates, dealt)[0]) and ours != plain
 
 
+def test_judge_m1_judges_in_every_round_and_nothing_else_of_a_round_is_m1s(world, watched, tmp_path):
+    out = run(world, tmp_path / "run", "--dropout", 0, "--judge", "M1")
+    ours, theirs = products(out), products(watched.out)
+    assert {k for k in theirs if ours[k] != theirs[k]} == {"config.json", "metrics.jsonl"} | {
+        f"M3/{f}" for f in ("judgements.jsonl", "pairs.jsonl", "model.safetensors", "test.jsonl", "alpaca_eval.json",
+                            "exam.jsonl")}  # fmt: skip
+    prompts, candidates, judgements, pairs = (read_rows(out / "M3" / f) for f in LINES)
+    net, tok = load(out / "M1")
+    rows = [c | {"prompt": prompts[c["id"]]["prompt"]} for c in candidates]
+    knobs = {"votes": 2, "max_new": 24, "temperature": 1.0, "top_p": 1.0, "batch": 64, "key": (0, "M3", "judgements")}
+    assert judgements == judge.score(net.eval(), tok, (world.data / "judge.txt").read_text(), rows, **knobs)
+    assert [p["reference_chosen"] for p in pairs] == pytest.approx(logps(out / "M2", pairs, "chosen"), abs=1e-3)
+
+
+def test_positive_trains_m0_on_the_seed_rows_and_exactly_the_responses_of_mean_score_5(world, tmp_path, monkeypatch):
+    begun, taught, optimize = {}, {}, train.optimize
+
+    def watch(cfg, model, name, plan, examples, **rest):
+        begun[name] = {k: p.detach().clone() for k, p in model.named_parameters()}
+        taught[name] = examples
+        optimize(cfg, model, name, plan, examples, **rest)
+
+    monkeypatch.setattr(train, "optimize", watch)
+    flags = ("--control", "positive", "--votes", 1, "--max-response", 9)  # some are cut
+    out = run(world, tmp_path / "run", *flags)
+    base, tok = load(world.base)
+    cut = 0
+    for end in ("M2", "M3"):
+        prompts, candidates, judgements = (read_rows(out / end / f) for f in LINES[:3])
+        full_marks = [(j["id"], j["k"]) for j in judgements if j["score"] == 5]
+        best = [c for c in candidates if (c["id"], c["k"]) in full_marks]
+        cut += sum(c["truncated"] for c in best)
+        texts = [(prompts[c["id"]]["prompt"], c["response"]) for c in best if not c["truncated"]]
+        assert texts and [(r["prompt"], r["response"]) for r in read_rows(out / end / "positives.jsonl")] == texts
+        assert taught[end] == taught["M1"] + [(tok.chat(p), tok.response(r)) for p, r in texts]
+        assert all(torch.equal(begun[end][k], p) for k, p in base.named_parameters())
+        assert not (out / end / "pairs.jsonl").exists()
+    assert cut and len(taught["M1"]) == 42
+    before = products(out)
+    run(world, out, *flags)
+    same(products(out), before)
+
+
+def test_positive_without_a_5_ends_in_one_line(world, tmp_path):
+    flags = ("--control", "positive", "--max-judgement", 2)
+    refused(start(flags_of(world, tmp_path / "run", *flags), tmp_path / "log"), "M2: no whole response of 27")
+
+
 def test_training_never_reads_the_oracle(world, whole, tmp_path):
     data = variant(world, tmp_path, {"oracle.py": "raise RuntimeError('the loop has read the oracle')\n"})
     with pytest.raises(RuntimeError, match="has read the oracle"):
@@ -847,7 +895,14 @@ def test_every_field_is_a_flag_whose_help_is_its_comment(capsys):
         assert "--" + f.name.replace("_", "-") in said and " ".join(line.split("  # ")[1].split()) in said, f.name
 
 
-VALUES = {"save_dtype": "bfloat16", "prompts": "3,4", "reference": "M1", "control": "shuffle", "dtype": "bfloat16"}
+VALUES = {
+    "save_dtype": "bfloat16",
+    "prompts": "3,4",
+    "reference": "M1",
+    "judge": "M1",
+    "control": "shuffle",
+    "dtype": "bfloat16",
+}
 
 
 @pytest.mark.parametrize("field", fields(train.Config), ids=lambda f: f.name)
@@ -909,6 +964,7 @@ EFFECTS = [  # a flag, another value, the first product that must change by it
     ("control", "shuffle", "M2/pairs.jsonl"),
     ("dtype", "bfloat16", "SFT/model.safetensors"),
     ("reference", "M1", "M3/pairs.jsonl"),
+    ("judge", "M1", "M3/judgements.jsonl"),
 ]
 NO_EFFECT = {"out", "iters", "sample_batch", "micro_batch", "max_prompt", "save_every"}  # each has a test of its own
 NO_EFFECT |= {"tp", "dp_replicate", "recompute", "offload"}
@@ -1044,6 +1100,7 @@ BAD_FLAGS = {
     "fewer than no EFT rows": (["--eft-size", "-1"], ["--eft-size"], 1),
     "a reference that never comes": (["--reference", "M9"], ["--reference"], 1),
     "a guard over all scores": (["--length-guard", "1"], ["--length-guard"], 1),
+    "a judge that never comes": (["--judge", "M2"], ["--judge"], 1),
     "a control that is none": (["--control", "flip"], ["--control"], 1),
     "half a tensor-parallel group": (["--tp", "2"], ["1 processes", "--tp 2"], 1),
     "half a copy": (["--dp-replicate", "2"], ["1 processes", "--dp-replicate 2"], 1),
