@@ -16,6 +16,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -99,6 +100,7 @@ def make_multiple_choice(data: Path, out: Path):
 
 # ---- runs --------------------------------------------------------------------------------------------------
 
+STARTED: list[subprocess.Popen] = []
 ROUND = ("candidates.jsonl", "judgements.jsonl", "pairs.jsonl")  # then the model and its examination
 
 
@@ -140,11 +142,10 @@ def share(full: Path, out: Path, v: Variant):
 
 def train(flags: list[str], log: Path) -> str:
     """Run train.py on one thread; returns its error line, or nothing."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    with log.open("a") as file:
-        status = subprocess.run(
-            [sys.executable, ROOT / "train.py", *flags], stdout=file, stderr=file, env=env
-        ).returncode
+    command, env = [sys.executable, str(ROOT / "train.py"), *flags], os.environ | {"OMP_NUM_THREADS": "1"}
+    with log.open("a") as file, subprocess.Popen(command, stdout=file, stderr=file, env=env) as process:
+        STARTED.append(process)
+        status = process.wait()
     last = log.read_text(encoding="utf-8").rstrip().split("\n")[-1]
     if status and not (status == 1 and last.startswith("error: ")):
         raise BadInput(f"{log}: train.py ended with status {status}; look there, and start again to go on")
@@ -175,15 +176,18 @@ def run(v: Variant, seed: int, args: argparse.Namespace, full: Future | None):
 
 
 def run_all(variants: list[Variant], args: argparse.Namespace):
-    """Full runs first, then what starts from them, `workers` side by side. BadInput of the first that fails."""
+    """Full runs first, then what starts from them, `workers` side by side. The first that fails ends all."""
     with ThreadPoolExecutor(args.workers) as pool:
         fulls = {seed: pool.submit(run, FULL, seed, args, None) for seed in args.seeds}
         rest = [pool.submit(run, v, seed, args, fulls[seed]) for v, seed in product(variants[1:], args.seeds)]
         try:
             for job in wait([*fulls.values(), *rest], return_when=FIRST_EXCEPTION).done:
                 job.result()
-        finally:
+        except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in STARTED:  # they would go on without us, and meet those of the next start
+                process.terminate()
+            raise
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
@@ -322,6 +326,7 @@ def main():
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs side by side, of one thread each")
     parser.add_argument("--args", default="", help='flags for every run, such as "--prompts 60,60"')
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is like Ctrl-C
     oracle = judge.load_oracle(args.data / "oracle.py")
     make_multiple_choice(args.data, args.out / MULTIPLE_CHOICE)
     variants = [v for v in VARIANTS if v == FULL or v.name in args.only]
