@@ -31,7 +31,7 @@ IFT_ONLY = ablate.VARIANTS[1]
 
 @pytest.mark.parametrize("v", ablate.VARIANTS, ids=lambda v: v.name)
 def test_every_variant_is_a_run_that_train_can_make_and_a_full_one_but_for_its_flags(v):
-    flags = [flag.format(out="runs/ablations") for flag in v.flags.split()]
+    flags = [flag.format(multiple_choice="runs/ablations/multiple-choice/zoo") for flag in v.flags.split()]
     cfg, full = (train.parse_args(["--data", str(ZOO), *f, "--iters", str(v.iters)]) for f in (flags, []))
     differ = {k for k, value in vars(cfg).items() if value != getattr(full, k)}
     recipe = set(json.loads((ZOO / "recipe.json").read_text())) if "--data" in flags else set()  # not made yet
@@ -102,7 +102,7 @@ def make_run(folder: Path, answers: dict[str, str], rounds: dict[str, tuple], er
         votes = [{"id": 0, "k": k, "vote": 0, "text": "", "score": k if name != "SFT" else None} for k in (0, 1)]
         write_rows(folder / name / "exam.jsonl", votes)
     for name, (file, count) in rounds.items():
-        for made, rows in (("candidates", [{"id": 0, "k": 0, "tokens": [1], "truncated": False}]),
+        for made, rows in (("candidates", [{"id": 0, "k": 0, "response": "1", "tokens": [1], "truncated": False}]),
                            ("prompts", [{"id": 0, "prompt": "?"}]),
                            ("judgements", [{"id": 0, "k": 0, "vote": 0, "score": 3}])):  # fmt: skip
             write_rows(folder / name / f"{made}.jsonl", rows)
@@ -193,8 +193,8 @@ def test_multiple_choice_keeps_the_verdict_and_puts_a_sentence_for_the_walk():
 
 
 def test_the_multiple_choice_folder_differs_in_the_judge_alone(tmp_path):
-    ablate.make_multiple_choice(ZOO, tmp_path)
-    ours = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    made = ablate.make_multiple_choice(ZOO, tmp_path)
+    ours = {p.name: p.read_bytes() for p in made.iterdir()}
     theirs = {p.name: p.read_bytes() for p in ZOO.iterdir() if p.is_file() and p.suffix != ".md"}
     assert {name for name in theirs if ours.get(name) != theirs[name]} == {
         "eft.jsonl",
@@ -202,7 +202,7 @@ def test_the_multiple_choice_folder_differs_in_the_judge_alone(tmp_path):
         "prepare.py",
         "ablate.py",
     }
-    rows, before = (read_rows(folder / "eft.jsonl", "judgement") for folder in (tmp_path, ZOO))
+    rows, before = (read_rows(folder / "eft.jsonl", "judgement") for folder in (made, ZOO))
     assert [(r["prompt"], r["response"]) for r in rows] == [(r["prompt"], r["response"]) for r in before]
     assert Counter(judge.parse_score(r["judgement"]) for r in rows).keys() == {1, 2, 3, 4, 5}
     template, tok = (

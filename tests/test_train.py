@@ -29,6 +29,9 @@ import train
 from model import BadInput, ModelConfig, check_tp, load
 from sample import read_rows
 
+sys.path.insert(0, str(ROOT / "data" / "zoo"))
+import ablate
+
 SHARED = ROOT.parent / "shared" / "data"
 CHECKPOINT = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"}
 CHECKPOINT.add("tokenizer_config.json")
@@ -876,6 +879,37 @@ def test_eft_rows_of_a_real_judge_survive_deaths_and_another_number_of_processes
     ours, theirs = (read_rows(folder / "M1/eft_judgements.jsonl") for folder in (out, tmp_path / "whole"))
     assert len(ours) == len(theirs) and sum(a != b for a, b in zip(ours, theirs, strict=True)) <= len(ours) / 50
     assert result.out.count("M1: EFT {") == 1
+
+
+# ---- the ablations: run folders that start from the files of another ---------------------------------------
+
+
+def telling(files) -> set[str]:
+    """Those of the models' files that are not the same for all models of all runs."""
+    return {f for f in files if "/" in f and f.split("/")[1] not in CHECKPOINT - {"model.safetensors"}}
+
+
+NOT_HERE = ("ift-only", "positive", "candidates-2")  # these may end early here; what 2 changes, 8 changes
+
+
+@pytest.mark.parametrize("v", [v for v in ablate.VARIANTS[1:] if v.name not in NOT_HERE],
+                         ids=lambda v: v.name)  # fmt: skip
+def test_a_variant_copies_all_it_shares_with_the_full_run_and_ends_as_if_it_had_copied_nothing(
+    world, whole, tmp_path, monkeypatch, v
+):
+    monkeypatch.setattr(ablate, "JUDGE", "Pick a grade.\nQuestion: {prompt}\nAnswer: {response}\n")  # few tokens here
+    monkeypatch.setattr(ablate, "GRADES", dict(zip(range(1, 6), ["It is bad.", *["It is fine."] * 4], strict=True)))
+    data = ablate.make_multiple_choice(world.data, tmp_path)
+    flags = ["--data", world.data, *v.flags.format(multiple_choice=data).split(), "--iters", v.iters]
+    alone, full = products(run(world, tmp_path / "alone", *flags)), products(whole)
+    ablate.share(whole, tmp_path / "run", v)
+    copied = products(tmp_path / "run")
+    by_chance = {f"{m}/{f}" for m in ("M2", "M3") for f in ("test.jsonl", "alpaca_eval.json", "exam.jsonl")
+                 if alone.get(f"{m}/model.safetensors") != full[f"{m}/model.safetensors"]}  # fmt: skip
+    assert telling(copied) == telling(f for f in alone if alone[f] == full.get(f)) - by_chance
+    models = [{f.split("/")[0] for f in copied if f.endswith(end)} for end in ("/model.safetensors", "/config.json")]
+    assert models[0] == models[1] == {r["model"] for r in metrics(tmp_path / "run")}
+    same(products(run(world, tmp_path / "run", *flags)), alone)
 
 
 # ---- knobs -------------------------------------------------------------------------------------------------

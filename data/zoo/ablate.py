@@ -47,7 +47,6 @@ class Variant(NamedTuple):
     iters: int = 3  # 2 where a second round would add little to what it costs
 
 
-MULTIPLE_CHOICE = "data-multiple-choice"
 VARIANTS = (
     Variant("full", "", "SFT/config.json", "against SFT: M2 +34.7, M3 +52.7 (figure 3)"),
     Variant("ift-only", "--eft-size 0", "M1/config.json",
@@ -59,7 +58,7 @@ VARIANTS = (
     Variant("votes-1", "--votes 1", "M2/judgements.jsonl", "not tried; it takes 3"),
     Variant("candidates-2", "--candidates 2", "M2/candidates.jsonl", "not tried; it takes 4", 2),
     Variant("candidates-8", "--candidates 8", "M2/candidates.jsonl", "not tried; it takes 4", 2),
-    Variant("multiple-choice", f"--data {{out}}/{MULTIPLE_CHOICE}", "M1/config.json",
+    Variant("multiple-choice", "--data {multiple_choice}", "M1/config.json",
             "the untaught judge orders 26.6 % of pairs right, with the additive one 65.1 % (table 5)"),
     Variant("length-guard", "--length-guard 0.2", "M2/pairs.jsonl", "not tried; answers grow from 1,092 to 2,552"),
     Variant("five-iterations", "", "M4/candidates.jsonl", "not tried; it stops at M3", 5),
@@ -88,18 +87,21 @@ def multiple_choice(judgement: str) -> str:
     return f"{GRADES[grade]}\nScore: {grade}"
 
 
-def make_multiple_choice(data: Path, out: Path):
-    """The data folder again, with another judge.txt and the judgements of eft.jsonl to match."""
+def make_multiple_choice(data: Path, out: Path) -> Path:
+    """The data folder again, of the same name, with another judge.txt and the judgements of eft.jsonl to match."""
+    out = out / "multiple-choice" / data.resolve().name
     out.mkdir(parents=True, exist_ok=True)
     for path in [p for kind in ("*.jsonl", "*.txt", "recipe.json", "oracle.py") for p in data.glob(kind)]:
         shutil.copy(path, out)
     rows = [r | {"judgement": multiple_choice(r["judgement"])} for r in read_rows(data / "eft.jsonl", "judgement")]
     write_text(out / "eft.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
     write_text(out / "judge.txt", JUDGE)
+    return out
 
 
 # ---- runs --------------------------------------------------------------------------------------------------
 
+ENDS = re.compile("gave a pair|a mean score of 5")  # what train.py says where the method itself cannot go on
 STARTED: list[subprocess.Popen] = []
 ROUND = ("candidates.jsonl", "judgements.jsonl", "pairs.jsonl")  # then the model and its examination
 
@@ -141,23 +143,23 @@ def share(full: Path, out: Path, v: Variant):
 
 
 def train(flags: list[str], log: Path) -> str:
-    """Run train.py on one thread; returns its error line, or nothing."""
+    """Run train.py on one thread; returns its last words if the method could not go on, or nothing."""
     command, env = [sys.executable, str(ROOT / "train.py"), *flags], os.environ | {"OMP_NUM_THREADS": "1"}
     with log.open("a") as file, subprocess.Popen(command, stdout=file, stderr=file, env=env) as process:
         STARTED.append(process)
         status = process.wait()
     last = log.read_text(encoding="utf-8").rstrip().split("\n")[-1]
-    if status and not (status == 1 and last.startswith("error: ")):
-        raise BadInput(f"{log}: train.py ended with status {status}; look there, and start again to go on")
-    return last if status else ""
+    if status and not (status == 1 and ENDS.search(last)):
+        raise BadInput(f"{log}: train.py ended with status {status}: {last}")
+    return last.removeprefix("error: ") if status else ""
 
 
 def run(v: Variant, seed: int, args: argparse.Namespace, full: Future | None):
-    """Make one run folder. A run that its method cannot finish (a judge whom nobody can read gives no pairs) is a
-    result as well: its error is kept, and the models it has are examined."""
+    """Make one run folder. That the method cannot go on (nobody can read the judge, so there are no pairs) is a result
+    as well: the reason is kept, and the models there are get examined."""
     out, began = args.out / f"{v.name}-{seed}", time.time()
     flags = [*shlex.split(args.args), "--data", str(args.data), "--out", str(out), "--seed", str(seed)]
-    flags += [flag.format(out=args.out) for flag in v.flags.split()]
+    flags += [flag.format(multiple_choice=args.multiple_choice) for flag in v.flags.split()]
     if full:
         full.result()
     ended, log = out / "ended.json", out.with_suffix(".log")
@@ -167,12 +169,9 @@ def run(v: Variant, seed: int, args: argparse.Namespace, full: Future | None):
         share(args.out / f"{FULL.name}-{seed}", out, v)
     error = train([*flags, "--iters", str(v.iters)], log)
     if error:
-        made = len([name for name in judge.models_of(out) if name != "SFT"])
-        again = train([*flags, "--iters", str(made)], log) if made else error
-        if again:
-            raise BadInput(f"{log}: {again.removeprefix('error: ')}")
-    write_json(ended, {"flags": [*flags, v.iters], "error": error.removeprefix("error: ")})
-    print(f"{out.name}: {time.time() - began:.0f} s {error}", flush=True)
+        train([*flags, "--iters", str(number(judge.models_of(out)[-1]))], log)
+    write_json(ended, {"flags": [*flags, v.iters], "error": error})
+    print(f"{out.name}: {time.time() - began:.0f} s{error and ', then ' + error}", flush=True)
 
 
 def run_all(variants: list[Variant], args: argparse.Namespace):
@@ -328,7 +327,7 @@ def main():
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is like Ctrl-C
     oracle = judge.load_oracle(args.data / "oracle.py")
-    make_multiple_choice(args.data, args.out / MULTIPLE_CHOICE)
+    args.multiple_choice = make_multiple_choice(args.data, args.out)
     variants = [v for v in VARIANTS if v == FULL or v.name in args.only]
     run_all(variants, args)
     runs = {v: [read_run(args.out / f"{v.name}-{seed}", oracle) for seed in args.seeds] for v in variants}
