@@ -4,7 +4,11 @@ What a variant shares with the full run is tested where the tiny world is, in te
 """
 
 import json
+import shutil
+import signal
+import subprocess
 import sys
+import time
 from collections import Counter
 from itertools import product
 from pathlib import Path
@@ -20,7 +24,7 @@ import ablate  # noqa: E402
 
 import judge  # noqa: E402
 import train  # noqa: E402
-from model import Tokenizer  # noqa: E402
+from model import BadInput, Tokenizer  # noqa: E402
 from sample import read_rows  # noqa: E402
 
 FULL, JUDGE_M1, FIVE = (
@@ -213,7 +217,7 @@ def test_the_multiple_choice_folder_differs_in_the_judge_alone(tmp_path):
     assert longest + 160 <= 512  # the base's context
 
 
-# ---- what may be copied ------------------------------------------------------------------------------------
+# ---- runs --------------------------------------------------------------------------------------------------
 
 
 def test_files_are_ordered_as_a_run_writes_them():
@@ -222,3 +226,106 @@ def test_files_are_ordered_as_a_run_writes_them():
     names += [f"{m}/{f}" for m, f in product(("M2", "M3", "M4", "M10"), files)]
     mixed = [*names[1::2], *names[::2]]
     assert sorted(mixed, key=ablate.place) == names
+
+
+def test_the_ends_of_the_method_are_told_in_the_words_that_are_looked_for():
+    assert all(words in (ablate.ROOT / "train.py").read_text() for words in ablate.ENDS.pattern.split("|"))
+
+
+TRAIN = """
+import json, sys, time
+from pathlib import Path
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+out, iters = Path(flags["--out"]), int(flags["--iters"])
+with (out.parent / "started.txt").open("a") as f:
+    f.write(f"{out.name} {iters} {sorted(p.name for p in out.glob('*'))}\\n")
+if (out.parent / f"stand still {out.name}").exists():
+    time.sleep(60)
+if (out.parent / f"crash {out.name}").exists():
+    sys.exit(3)
+for t, name in enumerate(["SFT", *(f"M{i}" for i in range(1, iters + 1))]):
+    folder = out / name
+    folder.mkdir(parents=True, exist_ok=True)
+    if t > 1 and flags.get("--eft-size") == "0":
+        (folder / "judgements.jsonl").write_text(json.dumps({"id": 0, "k": 0, "vote": 0, "score": None}) + "\\n")
+        sys.exit(f"error: {folder}: none of 9 prompts gave a pair")
+    row = {"id": 0, "prompt": "?", "response": str(t), "tokens": [1], "truncated": False}
+    (folder / "test.jsonl").write_text(json.dumps(row) + "\\n")
+    (folder / "config.json").write_text("{}")
+(out / "config.json").write_text(json.dumps({"data": flags["--data"]}))
+(out / "metrics.jsonl").touch()
+"""
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A copy whose train.py makes a run's files in no time, and says in started.txt how it was started."""
+    for name in ("model.py", "sample.py", "judge.py", "data/zoo/ablate.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ablate.ROOT / name, tmp_path / name)
+    (tmp_path / "train.py").write_text(TRAIN)
+    (tmp_path / "data/zoo/oracle.py").write_text("def grade(prompt, response):\n    return int(response)\n")
+    write_rows(tmp_path / "data/zoo/eft.jsonl", [{"prompt": "?", "response": "1", "judgement": "Score: 0"}])
+    (tmp_path / "out").mkdir()
+    return tmp_path
+
+
+def go(repository: Path, *flags) -> list[str]:
+    """What train.py was started for by one more call of ablate.py."""
+    log, fixed = repository / "out/started.txt", ("--data", repository / "data/zoo", "--out", repository / "out")
+    log.write_text("")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(x) for x in ("ablate.py", *fixed, "--workers", 2, *flags)])
+        patch.setattr(ablate, "ROOT", repository)
+        patch.setattr(signal, "signal", lambda *_: None)
+        ablate.main()
+    return log.read_text().splitlines()
+
+
+def test_runs_are_made_once_and_one_that_cannot_go_on_is_examined_as_far_as_it_came(repository, capsys):
+    wanted = ("--seeds", 0, 1, "--only", "ift-only", "five-iterations")
+    started, out = go(repository, *wanted), repository / "out"
+    assert len(started) == 8 and {"full-0 3 []", "full-1 3 []"} <= set(started)
+    for seed in (0, 1):
+        ours = [line for line in started if line.split()[0].endswith(f"-{seed}")]
+        assert ours[0].startswith("full") and set(ours[1:]) == {
+            f"ift-only-{seed} 3 ['SFT', 'metrics.jsonl']",
+            f"ift-only-{seed} 1 ['M1', 'M2', 'SFT', 'metrics.jsonl']",
+            f"five-iterations-{seed} 5 ['M1', 'M2', 'M3', 'SFT', 'metrics.jsonl']",
+        }
+    said = capsys.readouterr().out
+    assert (out / "table.md").read_text() in said
+    assert "`ift-only` of seed 1 ended with M1: " in said and "none of 9 prompts gave a pair" in said
+    rows = json.loads((out / "ablations.json").read_text())["rows"]
+    assert [(r["name"], r["last"]) for r in rows] == [
+        ("full", ["M3"] * 2), ("ift-only", ["M1"] * 2), ("five-iterations", ["M5"] * 2)]  # fmt: skip
+    assert [r["last_vs_sft"]["points"] for r in rows] == [100] * 3 and rows[1]["learned"] == {"M2": [0, 0]}
+    assert rows[2]["full_vs_last"]["points"] == -100  # M3's answers are graded 3, M5's 5
+
+    assert go(repository, *wanted) == []  # all is there
+    assert len(go(repository, *wanted, "--args", "--beta 0.5")) == 8  # but with other flags
+
+
+def test_a_run_that_fails_stops_the_others_and_the_next_start_makes_what_is_missing(repository):
+    wanted = ("--seeds", 0, 1, "--only", "shuffled", "--workers", 1)
+    (repository / "out/crash shuffled-1").touch()
+    with pytest.raises(BadInput, match=r"shuffled-1.log: train.py ended with status 3"):
+        go(repository, *wanted)
+    assert not (repository / "out/table.md").exists()
+    (repository / "out/crash shuffled-1").unlink()
+    assert [line.split()[0] for line in go(repository, *wanted)] == ["shuffled-1"]
+
+
+def test_a_killed_ablation_leaves_no_process_behind(repository):
+    out = repository / "out"
+    (out / "stand still full-0").touch()
+    command = [sys.executable, repository / "data/zoo/ablate.py", "--data", repository / "data/zoo", "--out", out]
+    process, deadline = subprocess.Popen(command, stderr=subprocess.PIPE, text=True), time.time() + 60
+    while "full-0" not in ((out / "started.txt").read_text() if (out / "started.txt").exists() else ""):
+        assert time.time() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    began = time.time()
+    _, said = process.communicate(timeout=60)
+    assert said == "interrupted; the same command goes on\n" and process.returncode == 1
+    assert time.time() - began < 30  # train.py, which would have slept for a minute, has been ended

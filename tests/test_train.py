@@ -723,9 +723,16 @@ def test_positive_trains_m0_on_the_seed_rows_and_exactly_the_responses_of_mean_s
     same(products(out), before)
 
 
-def test_positive_without_a_5_ends_in_one_line(world, tmp_path):
-    flags = ("--control", "positive", "--max-judgement", 2)
-    refused(start(flags_of(world, tmp_path / "run", *flags), tmp_path / "log"), "M2: no whole response of 27")
+def test_a_positive_has_a_mean_of_exactly_5_and_an_end(world):
+    cfg = train.parse_args(flags_of(world, "run"))
+    rows = [{"id": 0, "k": k, "response": f"It is {k}.", "tokens": [k], "truncated": k == 3} for k in range(5)]
+    scores = judge.mean_scores([{"id": 0, "k": k, "score": s} for k, s in ((0, 5), (0, 4), (1, 5), (1, 5), (3, 5))])
+    asked = [{"id": 0, "prompt": "What is it?"}]
+    assert train.positives(cfg, "M2", asked, rows, scores) == [
+        {"id": 0, "k": 1, "prompt": "What is it?", "response": "It is 1."}
+    ]
+    with pytest.raises(BadInput, match="run/M2: no whole response of 4 has a mean score of 5"):
+        train.positives(cfg, "M2", asked, rows[:1] + rows[2:], scores)
 
 
 def test_training_never_reads_the_oracle(world, whole, tmp_path):
@@ -776,6 +783,29 @@ def scripted(world, monkeypatch):
 
     monkeypatch.setattr(judge, "generate", generate)
     return asked
+
+
+def test_positives_join_the_eft_rows_that_the_baseline_made_also_in_a_later_start(
+    world, ranked_world, tmp_path, scripted, monkeypatch
+):
+    taught, optimize = [], train.optimize
+
+    def watch(cfg, model, name, plan, examples, **rest):
+        taught.append((name, examples))
+        optimize(cfg, model, name, plan, examples, **rest)
+
+    monkeypatch.setattr(train, "optimize", watch)
+    monkeypatch.setattr(judge, "mean_scores", lambda _: {(0, 0): 5.0, (1, 0): 5.0})
+    flags = ("--control", "positive", "--iters", 2, "--sft-epochs", 1)
+    out = run(world, tmp_path / "run", *flags, data=ranked_world)
+    positives = len(read_rows(out / "M2" / "positives.jsonl"))
+    (_, sft), (_, m1), (_, m2) = taught
+    assert positives and len(m2) == len(m1) + positives and m2[: len(m1)] == m1 and len(m1) > len(sft)
+    before = products(out)
+    (out / "M2" / "config.json").unlink()
+    run(world, out, *flags, data=ranked_world)
+    assert len(taught) == 4 and taught[3] == ("M2", m2)
+    same(products(out), before)
 
 
 def test_m1_learns_from_what_the_baseline_says_in_agreement_with_people(world, ranked_world, tmp_path, scripted):
