@@ -98,7 +98,8 @@ class Config:
     beta: float = 0.1  # of DPO
     nll: float = 0.0  # weight of the chosen response's NLL beside DPO (not in the paper; Pang et al. 2024)
     reference: str = ""  # model that DPO is anchored to in all rounds, such as M1; empty: the round's own start
-    control: str = ""  # "shuffle": the scores of a prompt's candidates are shuffled; learning should then fail
+    judge: str = ""  # model that judges in all rounds, such as M1; empty: the round's own start
+    control: str = ""  # shuffle: scores dealt anew, learning should fail; positive: SFT on responses of score 5 (A.4)
     dtype: str = ""  # float32 or bfloat16, of compute; master weights are float32; empty: bfloat16 on a GPU
     save_dtype: str = "float32"  # of saved weights; bfloat16 halves them but rounds away part of a small step
     tp: int = 1  # processes that share every matrix (tensor parallelism): neighbours, best in one machine
@@ -123,10 +124,14 @@ def main(cfg: Config):
     seed_sft(cfg, mesh, data, "SFT", data["ift"])  # the baseline: instructions only
     eft = write_eft(cfg, mesh, data)  # by the baseline, where people's rankings are all there is
     write_prompts(cfg, mesh, data)  # for all rounds, by the fixed writer
-    seed_sft(cfg, mesh, data, "M1", data["ift"] + eft)  # M0 -> M1: instructions and judging
+    seed = data["ift"] + eft
+    seed_sft(cfg, mesh, data, "M1", seed)  # M0 -> M1: instructions and judging
     for start, end in zip(models[1:], models[2:], strict=False):
         self_reward(cfg, mesh, data, start, end)  # M_t writes, judges itself, prefers
-        train_dpo(cfg, mesh, start, end)  # M_t -> M_t+1
+        if cfg.control == "positive":
+            seed_sft(cfg, mesh, data, end, seed + read_rows(Path(cfg.out) / end / "positives.jsonl"))  # M0 -> M_t+1
+        else:
+            train_dpo(cfg, mesh, start, end)  # M_t -> M_t+1
     for name in models:
         examine(cfg, mesh, data, name)
     log(judge.show(judge.report(Path(cfg.out))))
@@ -165,7 +170,7 @@ def seed_sft(cfg: Config, mesh, data: dict, name: str, rows: list[dict]):
 def write_eft(cfg: Config, mesh, data: dict) -> list[dict]:
     """What M1 learns to judge from: eft.jsonl of the data folder, or else what the SFT baseline says of the replies
     that people have ranked, where it orders them as people do (section 3.1)."""
-    if not data["ranked"] or done(cfg, "M1", "config.json"):
+    if not data["ranked"] or done(cfg, "M1", "config.json") and cfg.control != "positive":  # which learns it again
         return data["eft"]
     folder, asked = Path(cfg.out) / "M1", {(r["id"], r["k"]): r for r in replies(data["ranked"])}
     if not done(cfg, "M1", "eft_judgements.jsonl"):
@@ -232,7 +237,7 @@ def write_prompts(cfg: Config, mesh, data: dict):
 
 def self_reward(cfg: Config, mesh, data: dict, start: str, end: str):
     """M_t responds to the new prompts, judges its own responses, and prefers (section 2.2, steps 2 and 3)."""
-    if done(cfg, end, "pairs.jsonl"):
+    if done(cfg, end, "positives.jsonl" if cfg.control == "positive" else "pairs.jsonl"):
         return
     model, tok = open_model(cfg, mesh, Path(cfg.out) / start)
     prompts = read_rows(Path(cfg.out) / end / "prompts.jsonl", "prompt")
@@ -244,10 +249,15 @@ def self_reward(cfg: Config, mesh, data: dict, start: str, end: str):
     if not done(cfg, end, "judgements.jsonl"):
         texts = {p["id"]: p["prompt"] for p in prompts}
         asked = [c | {"prompt": texts[c["id"]]} for c in candidates]
-        stage, file = (end, "judgements"), f"{end}/judgements.jsonl"
-        put(cfg, end, "judgements.jsonl", score(cfg, mesh, model, tok, data, asked, f"{start} judges", stage, file))
+        if cfg.judge:
+            del model  # one at a time is in memory
+            model, _ = open_model(cfg, mesh, Path(cfg.out) / cfg.judge)
+        what, stage, file = f"{cfg.judge or start} judges", (end, "judgements"), f"{end}/judgements.jsonl"
+        put(cfg, end, "judgements.jsonl", score(cfg, mesh, model, tok, data, asked, what, stage, file))
     judgements = read_rows(Path(cfg.out) / end / "judgements.jsonl", empty=True)
     scores = judge.mean_scores(judgements)
+    if cfg.control == "positive":
+        return put(cfg, end, "positives.jsonl", positives(cfg, end, prompts, candidates, scores))
     if cfg.control == "shuffle":
         scores = shuffled(scores, (cfg.seed, end, "control"))
     pairs, tally = judge.prefer(prompts, candidates, scores, cfg.length_guard)
@@ -260,7 +270,9 @@ def self_reward(cfg: Config, mesh, data: dict, start: str, end: str):
             f"{cfg.out}/{end}: none of {len(prompts)} prompts gave a pair: {dict(tally)}, {rate:.1%} of judgements "
             f"readable, scores {dict(histogram.most_common())}; {remedy}"
         )
-    model = model if not cfg.reference else open_model(cfg, mesh, Path(cfg.out) / cfg.reference)[0]
+    if cfg.reference or cfg.judge:
+        del model
+        model, _ = open_model(cfg, mesh, Path(cfg.out) / (cfg.reference or start))
     put(cfg, end, "pairs.jsonl", add_reference(cfg, mesh, model, tok, pairs, end))
 
 
@@ -749,6 +761,17 @@ def shuffled(scores: dict[tuple, float], key: tuple) -> dict[tuple, float]:
     return out
 
 
+def positives(cfg: Config, end: str, prompts: list[dict], candidates: list[dict], scores: dict) -> list[dict]:
+    """Responses of mean score 5 as seed rows (appendix A.4), without cut ones: these have no end to learn."""
+    texts = {p["id"]: p["prompt"] for p in prompts}
+    best = [c for c in candidates if scores.get((c["id"], c["k"])) == 5 and not c["truncated"]]
+    log(f"{end}: {len(best)} of {len(candidates)} responses have a score of 5")
+    if not best:
+        raise BadInput(f"{cfg.out}/{end}: no whole response of {len(candidates)} has a mean score of 5, so --control "
+                       "positive has nothing to add to the seed data; give more --prompts")  # fmt: skip
+    return [{"id": c["id"], "k": c["k"], "prompt": texts[c["id"]], "response": c["response"]} for c in best]
+
+
 # ---- processes ---------------------------------------------------------------------------------------------
 
 
@@ -897,10 +920,10 @@ def checked(cfg: Config) -> Config:
         (0 < cfg.top_p <= 1, "--top-p lies in (0, 1]"),
         (0 <= cfg.dropout < 1, "--dropout lies in [0, 1)"),
         (cfg.beta > 0 and cfg.nll >= 0, "--beta is positive and --nll not negative"),
-        (cfg.control in ("", "shuffle"), "--control is shuffle or nothing"),
+        (cfg.control in ("", "shuffle", "positive"), "--control is shuffle, positive or nothing"),
         (cfg.dtype in ("", "float32", "bfloat16"), "--dtype is float32 or bfloat16"),
         (cfg.save_dtype in ("float32", "bfloat16"), "--save-dtype is float32 or bfloat16"),
-        (cfg.reference in ("", "M1"), "--reference is M1 or nothing"),
+        ({cfg.reference, cfg.judge} <= {"", "M1"}, "--reference and --judge are M1 or nothing"),
     ):
         if not ok:
             raise BadInput(what)

@@ -31,6 +31,9 @@ from dpo import collate, sequence_logps
 from model import BadInput, ModelConfig, Rows, check_tp, load
 from sample import read_rows
 
+sys.path.insert(0, str(ROOT / "data" / "zoo"))
+import ablate
+
 SHARED = ROOT.parent / "shared" / "data"
 CHECKPOINT = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"}
 CHECKPOINT.add("tokenizer_config.json")
@@ -726,6 +729,61 @@ def test_shuffled_scores_keep_what_a_prompt_got_and_change_who_got_it(world, who
     assert ours == told(judge.prefer(prompts, candidates, dealt)[0]) and ours != plain
 
 
+def test_judge_m1_judges_in_every_round_and_nothing_else_of_a_round_is_m1s(world, watched, tmp_path):
+    out = run(world, tmp_path / "run", "--dropout", 0, "--judge", "M1")
+    ours, theirs = products(out), products(watched.out)
+    assert {k for k in theirs if ours[k] != theirs[k]} == {"config.json", "metrics.jsonl"} | {
+        f"M3/{f}" for f in ("judgements.jsonl", "pairs.jsonl", "model.safetensors", "test.jsonl", "alpaca_eval.json",
+                            "exam.jsonl")}  # fmt: skip
+    prompts, candidates, judgements, pairs = (read_rows(out / "M3" / f) for f in LINES)
+    net, tok = load(out / "M1")
+    rows = [c | {"prompt": prompts[c["id"]]["prompt"]} for c in candidates]
+    knobs = {"votes": 2, "max_new": 24, "temperature": 1.0, "top_p": 1.0, "batch": 64, "key": (0, "M3", "judgements")}
+    assert judgements == judge.score(net.eval(), tok, (world.data / "judge.txt").read_text(), rows, **knobs)
+    assert [p["reference_chosen"] for p in pairs] == pytest.approx(logps(out / "M2", pairs, "chosen"), abs=1e-3)
+
+
+def test_positive_trains_m0_on_the_seed_rows_and_exactly_the_responses_of_mean_score_5(world, tmp_path, monkeypatch):
+    begun, taught, optimize = {}, {}, train.optimize
+
+    def watch(cfg, model, name, plan, examples, **rest):
+        begun[name] = {k: p.detach().clone() for k, p in model.named_parameters()}
+        taught[name] = examples
+        optimize(cfg, model, name, plan, examples, **rest)
+
+    monkeypatch.setattr(train, "optimize", watch)
+    flags = ("--control", "positive", "--votes", 1, "--max-response", 9)  # some are cut
+    out = run(world, tmp_path / "run", *flags)
+    base, tok = load(world.base)
+    cut = 0
+    for end in ("M2", "M3"):
+        prompts, candidates, judgements = (read_rows(out / end / f) for f in LINES[:3])
+        full_marks = [(j["id"], j["k"]) for j in judgements if j["score"] == 5]
+        best = [c for c in candidates if (c["id"], c["k"]) in full_marks]
+        cut += sum(c["truncated"] for c in best)
+        texts = [(prompts[c["id"]]["prompt"], c["response"]) for c in best if not c["truncated"]]
+        assert texts and [(r["prompt"], r["response"]) for r in read_rows(out / end / "positives.jsonl")] == texts
+        assert taught[end] == taught["M1"] + [(tok.chat(p), tok.response(r)) for p, r in texts]
+        assert all(torch.equal(begun[end][k], p) for k, p in base.named_parameters())
+        assert not (out / end / "pairs.jsonl").exists()
+    assert cut and len(taught["M1"]) == 42
+    before = products(out)
+    run(world, out, *flags)
+    same(products(out), before)
+
+
+def test_a_positive_has_a_mean_of_exactly_5_and_an_end(world):
+    cfg = train.parse_args(flags_of(world, "run"))
+    rows = [{"id": 0, "k": k, "response": f"It is {k}.", "tokens": [k], "truncated": k == 3} for k in range(5)]
+    scores = judge.mean_scores([{"id": 0, "k": k, "score": s} for k, s in ((0, 5), (0, 4), (1, 5), (1, 5), (3, 5))])
+    asked = [{"id": 0, "prompt": "What is it?"}]
+    assert train.positives(cfg, "M2", asked, rows, scores) == [
+        {"id": 0, "k": 1, "prompt": "What is it?", "response": "It is 1."}
+    ]
+    with pytest.raises(BadInput, match="run/M2: no whole response of 4 has a mean score of 5"):
+        train.positives(cfg, "M2", asked, rows[:1] + rows[2:], scores)
+
+
 def test_training_never_reads_the_oracle(world, whole, tmp_path):
     data = variant(world, tmp_path, {"oracle.py": "raise RuntimeError('the loop has read the oracle')\n"})
     with pytest.raises(RuntimeError, match="has read the oracle"):
@@ -774,6 +832,29 @@ def scripted(world, monkeypatch):
 
     monkeypatch.setattr(judge, "generate", generate)
     return asked
+
+
+def test_positives_join_the_eft_rows_that_the_baseline_made_also_in_a_later_start(
+    world, ranked_world, tmp_path, scripted, monkeypatch
+):
+    taught, optimize = [], train.optimize
+
+    def watch(cfg, model, name, plan, examples, **rest):
+        taught.append((name, examples))
+        optimize(cfg, model, name, plan, examples, **rest)
+
+    monkeypatch.setattr(train, "optimize", watch)
+    monkeypatch.setattr(judge, "mean_scores", lambda _: {(0, 0): 5.0, (1, 0): 5.0})
+    flags = ("--control", "positive", "--iters", 2, "--sft-epochs", 1)
+    out = run(world, tmp_path / "run", *flags, data=ranked_world)
+    positives = len(read_rows(out / "M2" / "positives.jsonl"))
+    (_, sft), (_, m1), (_, m2) = taught
+    assert positives and len(m2) == len(m1) + positives and m2[: len(m1)] == m1 and len(m1) > len(sft)
+    before = products(out)
+    (out / "M2" / "config.json").unlink()
+    run(world, out, *flags, data=ranked_world)
+    assert len(taught) == 4 and taught[3] == ("M2", m2)
+    same(products(out), before)
 
 
 def test_m1_learns_from_what_the_baseline_says_in_agreement_with_people(world, ranked_world, tmp_path, scripted):
@@ -879,6 +960,37 @@ def test_eft_rows_of_a_real_judge_survive_deaths_and_another_number_of_processes
     assert result.out.count("M1: EFT {") == 1
 
 
+# ---- the ablations: run folders that start from the files of another ---------------------------------------
+
+
+def telling(files) -> set[str]:
+    """Those of the models' files that are not the same for all models of all runs."""
+    return {f for f in files if "/" in f and f.split("/")[1] not in CHECKPOINT - {"model.safetensors"}}
+
+
+NOT_HERE = ("ift-only", "positive", "candidates-2")  # these may end early here; what 2 changes, 8 changes
+
+
+@pytest.mark.parametrize("v", [v for v in ablate.VARIANTS[1:] if v.name not in NOT_HERE],
+                         ids=lambda v: v.name)  # fmt: skip
+def test_a_variant_copies_all_it_shares_with_the_full_run_and_ends_as_if_it_had_copied_nothing(
+    world, whole, tmp_path, monkeypatch, v
+):
+    monkeypatch.setattr(ablate, "JUDGE", "Pick a grade.\nQuestion: {prompt}\nAnswer: {response}\n")  # few tokens here
+    monkeypatch.setattr(ablate, "GRADES", dict(zip(range(1, 6), ["It is bad.", *["It is fine."] * 4], strict=True)))
+    data = ablate.make_multiple_choice(world.data, tmp_path)
+    flags = ["--data", world.data, *v.flags.format(multiple_choice=data).split(), "--iters", v.iters]
+    alone, full = products(run(world, tmp_path / "alone", *flags)), products(whole)
+    ablate.share(whole, tmp_path / "run", v)
+    copied = products(tmp_path / "run")
+    by_chance = {f"{m}/{f}" for m in ("M2", "M3") for f in ("test.jsonl", "alpaca_eval.json", "exam.jsonl")
+                 if alone.get(f"{m}/model.safetensors") != full[f"{m}/model.safetensors"]}  # fmt: skip
+    assert telling(copied) == telling(f for f in alone if alone[f] == full.get(f)) - by_chance
+    models = [{f.split("/")[0] for f in copied if f.endswith(end)} for end in ("/model.safetensors", "/config.json")]
+    assert models[0] == models[1] == {r["model"] for r in metrics(tmp_path / "run")}
+    same(products(run(world, tmp_path / "run", *flags)), alone)
+
+
 # ---- knobs -------------------------------------------------------------------------------------------------
 
 NOWHERE = ["--data", "/nowhere"]  # no recipe.json there
@@ -896,7 +1008,14 @@ def test_every_field_is_a_flag_whose_help_is_its_comment(capsys):
         assert "--" + f.name.replace("_", "-") in said and " ".join(line.split("  # ")[1].split()) in said, f.name
 
 
-VALUES = {"save_dtype": "bfloat16", "prompts": "3,4", "reference": "M1", "control": "shuffle", "dtype": "bfloat16"}
+VALUES = {
+    "save_dtype": "bfloat16",
+    "prompts": "3,4",
+    "reference": "M1",
+    "judge": "M1",
+    "control": "shuffle",
+    "dtype": "bfloat16",
+}
 
 
 @pytest.mark.parametrize("field", fields(train.Config), ids=lambda f: f.name)
@@ -958,6 +1077,7 @@ EFFECTS = [  # a flag, another value, the first product that must change by it
     ("control", "shuffle", "M2/pairs.jsonl"),
     ("dtype", "bfloat16", "SFT/model.safetensors"),
     ("reference", "M1", "M3/pairs.jsonl"),
+    ("judge", "M1", "M3/judgements.jsonl"),
 ]
 NO_EFFECT = {"out", "iters", "sample_batch", "micro_tokens", "max_prompt", "save_every"}  # each has a test of its own
 NO_EFFECT |= {"tp", "dp_replicate", "recompute", "offload"}
@@ -1093,6 +1213,7 @@ BAD_FLAGS = {
     "fewer than no EFT rows": (["--eft-size", "-1"], ["--eft-size"], 1),
     "a reference that never comes": (["--reference", "M9"], ["--reference"], 1),
     "a guard over all scores": (["--length-guard", "1"], ["--length-guard"], 1),
+    "a judge that never comes": (["--judge", "M2"], ["--judge"], 1),
     "a control that is none": (["--control", "flip"], ["--control"], 1),
     "half a tensor-parallel group": (["--tp", "2"], ["1 processes", "--tp 2"], 1),
     "half a copy": (["--dp-replicate", "2"], ["1 processes", "--dp-replicate 2"], 1),
