@@ -513,9 +513,9 @@ def checkpoint(cfg: Config, model, optimizer, identity: dict):
     try:
         dcp.save(state(model, optimizer), checkpoint_id=temporary)
     except dcp.CheckpointException as e:
-        why = str(next(iter(e.failures.values()))[0]).split("\n")[0]
-        raise BadInput(f"{temporary}: cannot be written ({why}); is the disk full? The checkpoint before it and "
-                       "finished files are whole: make room, start the same command again") from None  # fmt: skip
+        why, free = next(iter(e.failures.values()))[0], shutil.disk_usage(temporary).free / 1e9
+        raise BadInput(f"{temporary}: cannot be written ({why}; {free:.1f} GB free there); the checkpoint before it "
+                       "and finished files are whole: make room, start the same command again") from None  # fmt: skip
     if dist.get_rank() == 0:
         write_json(temporary / "training.json", identity)
         os.replace(temporary, folder)

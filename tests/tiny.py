@@ -190,8 +190,8 @@ def kill_at(place: str, what: str, count: int, act: str = "die", rank: str = "")
 
                 def tick(*counts):
                     left[0] -= 1
-                    if name == what and left[0] == 0:
-                        act()
+                    if name == what and left[0] <= 0:
+                        act() if left[0] == 0 else die()  # who was asked to stop does not go on
                     bar(*counts)
 
                 yield tick
