@@ -750,9 +750,13 @@ def tokenizer_json(tok: Tokenizer) -> dict:
 
 # ---- many processes: applied from outside, in place --------------------------------------------------------
 
+# Tensor parallelism (Megatron-LM, Shoeybi et al. 2019). What enters and leaves attention and MLP is whole and equal on
+# all ranks of a tp group, to the last bit; between `columns` and `rows` each works on heads and hidden units of its own.
+# The forwards below run on plain tensors: DTensor's own take several times as long to start, which decoding would feel.
+
 
 class SumForward(torch.autograd.Function):
-    """Partial results of a tp group -> their sum. All ranks do the same with it, so each has its whole gradient."""
+    """Partial results of a tp group -> their sum. All ranks use it alike, so each has the whole gradient of it."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -766,7 +770,7 @@ class SumForward(torch.autograd.Function):
 
 
 class SumBackward(torch.autograd.Function):
-    """The same value on all ranks of a tp group, of which each uses another part: the gradient is the sum of theirs."""
+    """One value on all ranks of a tp group -> the same. Each feeds it to other columns: gradients are summed."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -781,6 +785,7 @@ class SumBackward(torch.autograd.Function):
 
 
 def whole(norm: RMSNorm, mesh, x):
+    """On every rank in full; as a part of the mesh, or its gradient could not be clipped with the others."""
     return SumBackward.apply(rms_norm(x, norm.weight.to_local(), norm.eps), mesh.get_group())
 
 
@@ -799,14 +804,12 @@ def look_up(embedding: nn.Embedding, mesh, tokens):
     return SumForward.apply(F.embedding(at * here, weight) * here[..., None], mesh.get_group())
 
 
-def logits(head: nn.Linear, mesh, x):
+def read_out(head: nn.Linear, mesh, x):
+    """All logits on every rank, the same copy of each: so all draw the same token."""
     return DTensor.from_local(columns(head, mesh, x), mesh, [Shard(-1)]).full_tensor()
 
 
-# Tensor parallelism (Megatron-LM, Shoeybi et al. 2019): name of a module -> what each rank of a tp group holds of its
-# weight, and its forward with that. What enters and leaves a block is whole and equal on all ranks, to the last bit;
-# between columns and rows each rank works on heads and hidden units of its own. Norms join the mesh whole, or their
-# gradients could not be clipped together with the others.
+# Name of a module -> what each rank of a tp group holds of its weight, and its forward with that.
 TP_PLAN = {
     "embed_tokens": (Shard(0), look_up),  # of the vocabulary, as the head: they may be one matrix
     "*norm": (Replicate(), whole),
@@ -815,7 +818,7 @@ TP_PLAN = {
     "*.gate_proj": (Shard(0), columns),
     "*.up_proj": (Shard(0), columns),
     "*.down_proj": (Shard(1), rows),
-    "lm_head": (Shard(0), logits),
+    "lm_head": (Shard(0), read_out),
 }
 
 
@@ -867,9 +870,10 @@ def recomputed(forward):
 
 @contextmanager
 def gathered(model: nn.Module):
-    """Every rank holds all parameters inside, so ranks may sample texts of different lengths.
+    """Every rank holds all parameters inside, with tp its part of each, so replicas may sample texts of any length.
 
-    Without it each forward pass is a collective, and a rank that makes one more than the others waits for ever.
+    Without it each forward pass is a collective, and a rank that makes one more than the others waits for ever. So
+    the ranks of a tp group must be given the same rows.
     """
     sharded = [m for m in model.modules() if isinstance(m, FSDPModule)]
     for m in sharded:

@@ -807,6 +807,7 @@ def open_model(cfg: Config, mesh, folder):
     device = "cpu" if cfg.offload else mesh.device_type
     shard = None if plain and not (cfg.recompute or cfg.offload) else shard
     model, tok = load(folder, torch.float32, device, cfg.dropout, shard)
+    dist.barrier()  # who reads slowly is waited for here, for a day if need be, and not in the first forward pass
     return model.eval(), tok
 
 

@@ -16,7 +16,6 @@ import socket
 import sys
 import time
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import sentencepiece
@@ -338,9 +337,14 @@ def check_shards(rank: int, world: int, tp: int, folder: Path, sources: list[Pat
     names = ("replicate", "dp", "tp")
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1, world // tp, tp), mesh_dim_names=names)
     model.SHARD_BYTES = 500_000
+
+    def shard(net):
+        model.parallelize(net, mesh, torch.float32)
+        assert (net.lm_head.weight is net.embed_tokens.weight) == net.cfg.tied  # or it would be gathered twice
+
     for number, source in enumerate(sources):
         dist.barrier()
-        net, tok = model.load(source, shard=partial(model.parallelize, mesh=mesh, dtype=torch.float32))
+        net, tok = model.load(source, shard=shard)
         plain, _ = model.load(source)
         held, count = (sum(p.numel() for p in ps) for ps in ([p.to_local() for p in net.parameters()],
                                                              plain.parameters()))  # fmt: skip
@@ -354,6 +358,10 @@ def check_shards(rank: int, world: int, tp: int, folder: Path, sources: list[Pat
         all_ranks = [torch.empty_like(ours) for _ in range(world)]
         dist.all_gather(all_ranks, ours)
         assert all(torch.equal(ours, other) for other in all_ranks)  # ranks of a tp group draw the same tokens
+        for one in (net, plain):  # all ranks do the same row, so the mean over them is that of one
+            one(tokens).logsumexp(-1).sum().backward()
+        for (name, p), q in zip(net.named_parameters(), plain.parameters(), strict=True):
+            assert torch.allclose(p.grad.full_tensor(), q.grad, rtol=1e-3, atol=1e-4 * q.grad.abs().max()), name
         model.save(net, tok, f"{folder}/saved{number}", torch.bfloat16, write=rank == 0)
     dist.barrier()
     dist.destroy_process_group()
