@@ -3,7 +3,7 @@ BIN    := .venv/bin
 OUT    ?= runs/zoo
 ARGS   ?=
 
-.PHONY: help setup run test kills lint format reproduce zoo clean
+.PHONY: help setup run test kills lint format reproduce ablations zoo clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,9 @@ format: .venv/dev  ## let ruff format the code
 reproduce: .venv/run  ## seeds 0, 1, 2 and the control with shuffled scores (RESULTS.md has our figures)
 	for seed in 0 1 2; do $(BIN)/torchrun train.py --seed $$seed --out runs/seed-$$seed && $(BIN)/python judge.py runs/seed-$$seed || exit 1; done
 	$(BIN)/torchrun train.py --iters 2 --control shuffle --out runs/shuffled && $(BIN)/python judge.py runs/shuffled
+
+ablations: .venv/run  ## the method without each of its parts, three seeds, one table: about an hour (ARGS="--workers 8")
+	$(BIN)/python data/zoo/ablate.py $(ARGS)
 
 zoo: .venv/run  ## rebuild the zoo's rows and its pretrained base from a seed
 	$(BIN)/python data/zoo/prepare.py

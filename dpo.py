@@ -6,7 +6,7 @@ whole batch, so micro-batches and processes of any size add up to the same gradi
 
 Left out: a second model. The frozen reference is two columns of numbers, computed once before the first update.
 
-Shapes: B rows, T time, D width, V vocabulary, N target tokens.
+Shapes: B pairs, T tokens of all rows, D width, V vocabulary, N target tokens.
 """
 
 import torch
@@ -17,20 +17,24 @@ IGNORE = -100  # target of a token that is not to be learned
 CHUNK = 1 << 24  # most logits alive at once: 64 MB in fp32, whatever the batch
 
 
-def collate(examples: list[tuple[list[int], list[int]]], device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """(prompt ids, response ids) pairs -> tokens and targets, each (B, T), padded on the right.
+def collate(examples: list[tuple[list[int], ...]], device="cpu") -> tuple[torch.Tensor, torch.Tensor, list[tuple]]:
+    """(prompt ids, response ids, ...) -> tokens and targets, each (1, T), and the layout of the rows in them.
 
-    targets[b, t] is the token after tokens[b, t] where that belongs to the response, else IGNORE: the only shift
+    Every response is a row; rows lie end to end without padding. The first carries the prompt, which is computed once:
+    the others begin with its last token, which reads out their first, and have the rest of it as their prefix.
+    targets[0, t] is the token after tokens[0, t] where that belongs to a response, else IGNORE: the only shift
     there is. The mask comes from ids, since SentencePiece is not compositional.
     """
-    T = max(len(p) + len(r) for p, r in examples) - 1
-    tokens = torch.zeros(len(examples), T, dtype=torch.long)
-    targets = torch.full((len(examples), T), IGNORE)
-    for b, (prompt, response) in enumerate(examples):
-        row = torch.tensor(prompt + response)
-        tokens[b, : len(row) - 1] = row[:-1]
-        targets[b, len(prompt) - 1 : len(row) - 1] = row[len(prompt) :]
-    return tokens.to(device), targets.to(device)
+    tokens, targets, layout = [], [], []
+    for prompt, *responses in examples:
+        first, known = len(layout), 0
+        for response in responses:
+            ids = prompt[known:] + response
+            layout.append((len(ids) - 1, first, known))
+            tokens += ids[:-1]
+            targets += [IGNORE] * (len(ids) - 1 - len(response)) + response
+            known = len(prompt) - 1
+    return torch.tensor([tokens], device=device), torch.tensor([targets], device=device), layout
 
 
 def target_logps(hidden, head, targets):
@@ -56,16 +60,22 @@ def target_logps(hidden, head, targets):
     return hidden.new_zeros(targets.shape, dtype=torch.float32).masked_scatter(mask, torch.cat(parts))
 
 
-def sequence_logps(model, tokens, targets):
-    """log pi(response | prompt), summed over the response's tokens, end of sequence included: (B, T) -> (B,)."""
-    return model(tokens, readout=lambda hidden, head: target_logps(hidden, head, targets)).sum(-1)
+def by_row(values, layout):
+    """Sums over rows that lie end to end: (1, T) -> (number of rows,)."""
+    return torch.stack([row.sum() for row in values[0].split([length for length, *_ in layout])])
 
 
-def sft_loss(model, tokens, targets) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def sequence_logps(model, tokens, targets, layout):
+    """log pi(response | prompt), summed over the response's tokens, end of sequence included: -> (number of rows,)."""
+    logps = model(tokens, readout=lambda hidden, head: target_logps(hidden, head, targets), layout=layout)
+    return by_row(logps, layout)
+
+
+def sft_loss(model, tokens, targets, layout) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Negative log-likelihood of the targets, summed over tokens; raises ValueError when nothing is to be learned."""
     if not (targets != IGNORE).any():
         raise ValueError("no target token in this batch: every position is masked")
-    loss = -sequence_logps(model, tokens, targets).sum()
+    loss = -sequence_logps(model, tokens, targets, layout).sum()
     return loss, {"loss": loss.detach()}
 
 
@@ -91,17 +101,16 @@ def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, *, beta: fl
     return losses, {k: v.detach() for k, v in shown.items()}
 
 
-def preference_loss(model, tokens, targets, reference, *, beta: float = 0.1, nll: float = 0.0):
+def preference_loss(model, tokens, targets, layout, reference, *, beta: float = 0.1, nll: float = 0.0):
     """DPO on one batch of B pairs, summed over pairs; also sums of its diagnostics.
 
-    tokens and targets (2B, T) hold the chosen responses, then the rejected ones, of the same prompts in the same
-    order, so that one forward pass serves both. reference (2B,) holds M_t's log-probs of the same rows.
+    The layout holds the chosen and the rejected response of each pair in turn, so that one forward pass serves both
+    and reads their prompt once. reference (2B,) holds M_t's log-probs of the same rows.
     nll adds that many times the chosen response's negative log-likelihood per token (Pang et al. 2024, eq. 1),
     which the paper does not have.
     """
-    logps = sequence_logps(model, tokens, targets)  # (2B,)
-    (chosen, rejected), (ref_chosen, ref_rejected) = logps.chunk(2), reference.chunk(2)
-    losses, shown = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta)
-    per_token = -chosen / (targets.chunk(2)[0] != IGNORE).sum(-1)  # (B,)
+    logps = sequence_logps(model, tokens, targets, layout)  # (2B,)
+    losses, shown = dpo_loss(logps[::2], logps[1::2], reference[::2], reference[1::2], beta=beta)
+    per_token = -logps[::2] / by_row(targets != IGNORE, layout)[::2]  # (B,)
     shown["nll"] = per_token.detach()
     return (losses + nll * per_token).sum(), {k: v.sum() for k, v in shown.items()}

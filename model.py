@@ -11,6 +11,7 @@ Left out: training tricks (train.py), sampling (sample.py), RoPE scaling, biases
 Shapes: B batch, T time, S cached time, D width, H heads, K key/value heads, hd head size, V vocabulary.
 """
 
+import functools
 import json
 import os
 import pickle
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import sentencepiece
@@ -30,6 +31,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -120,6 +122,78 @@ def attend(q, k, v, mask=None):
     return (weights @ v).view(B, H, T, hd)
 
 
+@functools.cache
+def onednn_is_exact() -> bool:
+    """Are fp32 products by oneDNN, with bf16 allowed to it, still fp32 products? Tried with what bf16 cannot hold."""
+    x, matmul = torch.full((64, 256), 1 + 2**-20), torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    exact = torch.equal(F.linear(x, torch.eye(256)), x)
+    matmul.fp32_precision = before
+    return exact
+
+
+@contextmanager
+def quick_products(rows: int):
+    """fp32 matrix products of `rows` rows go to the faster library of a CPU, at full precision.
+
+    PyTorch leaves them to MKL, which reaches less than half of the speed of an AMD processor. oneDNN does better from
+    about 16 rows on, and takes them where bf16 arithmetic is allowed to it; a processor without bf16 matrix units
+    (AMX) computes in fp32 all the same.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    if rows >= 16 and onednn_is_exact():
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+class Rows:
+    """Rows of text that lie end to end in one sequence (1, T), none of them padded.
+
+    layout: (length, row that lends its beginning as a prefix, length of the prefix) of each row. A row sees its
+    prefix, such as a prompt that it shares, and then itself, causally.
+    """
+
+    PIECE = 128  # queries at once: what they cannot see is not computed, and their scores stay in the CPU's caches
+
+    def __init__(self, layout: list[tuple[int, int, int]], device):
+        self.layout, self.lengths = layout, [n for n, *_ in layout]
+        self.positions = torch.cat([torch.arange(p, p + n) for n, _, p in layout])[None].to(device)  # (1, T)
+        self.fused: tuple | None = None
+
+    def attend(self, q, k, v):
+        """Attention of every row: q (1, H, T, hd), k and v (1, K, T, hd) -> (1, H, T, hd)."""
+        if q.is_cuda and q.dtype != torch.float32:
+            return self.attend_fused(q, k, v)
+        out, (ks, vs) = [], (t.split(self.lengths, 2) for t in (k, v))
+        for i, queries in enumerate(q.split(self.lengths, 2)):
+            _, of, seen = self.layout[i]
+            keys, values = (torch.cat((t[of][:, :, :seen], t[i]), 2) if seen else t[i] for t in (ks, vs))
+            for piece in queries.split(self.PIECE, 2):
+                seen += piece.shape[2]
+                mask = torch.ones(piece.shape[2], seen, dtype=torch.bool, device=q.device)
+                mask = mask.tril(seen - piece.shape[2])[None]  # (1, piece, S)
+                out.append(attend(piece, keys[:, :, :seen], values[:, :, :seen], mask))
+        return torch.cat(out, 2)
+
+    def attend_fused(self, q, k, v):
+        """The same by flash attention, for half precision on a GPU."""
+        if self.fused is None:  # which keys the rows see, and where rows end among queries and keys
+            at, sizes = [0, *accumulate(self.lengths)], (self.lengths, [n + p for n, _, p in self.layout])
+            spans = [span for row, (n, of, p) in enumerate(self.layout) for span in ((at[of], p), (at[row], n))]
+            keys = torch.cat([torch.arange(start, start + n) for start, n in spans]).to(q.device)  # (S,)
+            ends = [torch.tensor([0, *accumulate(s)], dtype=torch.int32, device=q.device) for s in sizes]
+            self.fused = keys, *ends, *map(max, sizes)
+        keys, *where = self.fused
+        q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))  # (T, H or K, hd)
+        k, v = (t.index_select(0, keys).repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))  # (S, H, hd)
+        causal = (-1, 0)  # no limit to the left, none to the right of a query; a row's last one sees all of its keys
+        return varlen_attn(q, k, v, *where, window_size=causal).transpose(0, 1)[None]
+
+
 class KVCache:
     """Keys and values of `rows` sequences, all layers. Row b holds `length[b]` tokens in its first slots.
 
@@ -170,14 +244,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(cfg.dim, cfg.kv_heads * cfg.head_dim, bias=False)
         self.o_proj = nn.Linear(cfg.heads * cfg.head_dim, cfg.dim, bias=False)
 
-    def forward(self, x, rope, cache=None):
-        """x (B, T, D) -> (B, T, D). cache: (KVCache, layer, positions, mask), or None when training."""
+    def forward(self, x, rope, cache=None, rows=None):
+        """x (B, T, D) -> (B, T, D). cache: (KVCache, layer, positions, mask), or None when training; rows: Rows."""
         B, T, _ = x.shape
         q, k, v = (
             proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H or K, T, hd)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k, mask = rotate(q, *rope), rotate(k, *rope), None
+        if rows is not None:
+            return self.o_proj(rows.attend(q, k, v).transpose(1, 2).reshape(B, T, -1))
         if cache is not None:
             store, layer, positions, mask = cache
             k, v = store.put(layer, k, v, positions)  # (B, K, S, hd)
@@ -206,8 +282,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, rope, cache=None):
-        x = x + F.dropout(self.self_attn(self.input_layernorm(x), rope, cache), self.dropout, self.training)
+    def forward(self, x, rope, cache=None, rows=None):
+        x = x + F.dropout(self.self_attn(self.input_layernorm(x), rope, cache, rows), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training)
 
 
@@ -227,14 +303,17 @@ class Llama(nn.Module):
         if cfg.tied:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(self, tokens, cache: KVCache | None = None, readout=None):
+    def forward(self, tokens, cache: KVCache | None = None, readout=None, layout=None):
         """tokens (B, T) -> fp32 logits (B, T, V).
 
-        With a cache the tokens continue its rows, each at its own position. `readout(hidden, head)` replaces the
-        logits by what the caller needs of them; it runs inside forward, where FSDP has the head at hand.
+        With a cache the tokens continue its rows, each at its own position. With a layout (see Rows) the tokens (1, T)
+        are many rows end to end. `readout(hidden, head)` replaces the logits by what the caller needs of them; it
+        runs inside forward, where FSDP has the head at hand.
         """
+        rows = None if layout is None else Rows(layout, tokens.device)
         start = torch.zeros(1, dtype=torch.long, device=tokens.device) if cache is None else cache.length
         positions = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)  # (B or 1, T)
+        positions = positions if rows is None else rows.positions
         rope = rope_tables(positions, self.cfg.head_dim, self.cfg.rope_theta)
         mask = None
         if cache is not None:
@@ -242,7 +321,7 @@ class Llama(nn.Module):
             mask = slots <= positions[:, :, None]  # (B, T, S)
         x = self.embed_tokens(tokens)  # (B, T, D)
         for i, block in enumerate(self.layers):
-            x = block(x, rope, None if cache is None else (cache, i, positions, mask))
+            x = block(x, rope, None if cache is None else (cache, i, positions, mask), rows)
         x = self.norm(x)
         return self.lm_head(x).float() if readout is None else readout(x, self.lm_head)
 
@@ -671,9 +750,13 @@ def tokenizer_json(tok: Tokenizer) -> dict:
 
 # ---- many processes: applied from outside, in place --------------------------------------------------------
 
+# Tensor parallelism (Megatron-LM, Shoeybi et al. 2019). What enters and leaves attention and MLP is whole and equal on
+# all ranks of a tp group, to the last bit; between `columns` and `rows` each works on heads and hidden units of its own.
+# The forwards below run on plain tensors: DTensor's own take several times as long to start, which decoding would feel.
+
 
 class SumForward(torch.autograd.Function):
-    """Partial results of a tp group -> their sum. All ranks do the same with it, so each has its whole gradient."""
+    """Partial results of a tp group -> their sum. All ranks use it alike, so each has the whole gradient of it."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -687,7 +770,7 @@ class SumForward(torch.autograd.Function):
 
 
 class SumBackward(torch.autograd.Function):
-    """The same value on all ranks of a tp group, of which each uses another part: the gradient is the sum of theirs."""
+    """One value on all ranks of a tp group -> the same. Each feeds it to other columns: gradients are summed."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -702,6 +785,7 @@ class SumBackward(torch.autograd.Function):
 
 
 def whole(norm: RMSNorm, mesh, x):
+    """On every rank in full; as a part of the mesh, or its gradient could not be clipped with the others."""
     return SumBackward.apply(rms_norm(x, norm.weight.to_local(), norm.eps), mesh.get_group())
 
 
@@ -720,14 +804,12 @@ def look_up(embedding: nn.Embedding, mesh, tokens):
     return SumForward.apply(F.embedding(at * here, weight) * here[..., None], mesh.get_group())
 
 
-def logits(head: nn.Linear, mesh, x):
+def read_out(head: nn.Linear, mesh, x):
+    """All logits on every rank, the same copy of each: so all draw the same token."""
     return DTensor.from_local(columns(head, mesh, x), mesh, [Shard(-1)]).full_tensor()
 
 
-# Tensor parallelism (Megatron-LM, Shoeybi et al. 2019): name of a module -> what each rank of a tp group holds of its
-# weight, and its forward with that. What enters and leaves a block is whole and equal on all ranks, to the last bit;
-# between columns and rows each rank works on heads and hidden units of its own. Norms join the mesh whole, or their
-# gradients could not be clipped together with the others.
+# Name of a module -> what each rank of a tp group holds of its weight, and its forward with that.
 TP_PLAN = {
     "embed_tokens": (Shard(0), look_up),  # of the vocabulary, as the head: they may be one matrix
     "*norm": (Replicate(), whole),
@@ -736,7 +818,7 @@ TP_PLAN = {
     "*.gate_proj": (Shard(0), columns),
     "*.up_proj": (Shard(0), columns),
     "*.down_proj": (Shard(1), rows),
-    "lm_head": (Shard(0), logits),
+    "lm_head": (Shard(0), read_out),
 }
 
 
@@ -788,9 +870,10 @@ def recomputed(forward):
 
 @contextmanager
 def gathered(model: nn.Module):
-    """Every rank holds all parameters inside, so ranks may sample texts of different lengths.
+    """Every rank holds all parameters inside, with tp its part of each, so replicas may sample texts of any length.
 
-    Without it each forward pass is a collective, and a rank that makes one more than the others waits for ever.
+    Without it each forward pass is a collective, and a rank that makes one more than the others waits for ever. So
+    the ranks of a tp group must be given the same rows.
     """
     sharded = [m for m in model.modules() if isinstance(m, FSDPModule)]
     for m in sharded:

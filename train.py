@@ -57,6 +57,7 @@ from model import (
     gathered,
     load,
     parallelize,
+    quick_products,
     read_json,
     read_shape,
     save,
@@ -96,13 +97,14 @@ class Config:
     dpo_lr: float = 1e-6  # peak learning rate of DPO; ends at a tenth of it
     dpo_epochs: int = 1  # passes over the pairs (paper: not given)
     batch: int = 16  # rows (SFT) or pairs (DPO) an update, over all processes
-    micro_batch: int = 16  # of these, how many one process puts through the model at once
+    micro_tokens: int = 0  # most tokens that one process puts through the model at once; 0: 16384, on a CPU 2048
     save_every: int = 200  # updates between checkpoints, of which the last is kept until the model is finished
     dropout: float = 0.1  # on the residual branches, while training
     beta: float = 0.1  # of DPO
     nll: float = 0.0  # weight of the chosen response's NLL beside DPO (not in the paper; Pang et al. 2024)
     reference: str = ""  # model that DPO is anchored to in all rounds, such as M1; empty: the round's own start
-    control: str = ""  # "shuffle": the scores of a prompt's candidates are shuffled; learning should then fail
+    judge: str = ""  # model that judges in all rounds, such as M1; empty: the round's own start
+    control: str = ""  # shuffle: scores dealt anew, learning should fail; positive: SFT on responses of score 5 (A.4)
     dtype: str = ""  # float32 or bfloat16, of compute; master weights are float32; empty: bfloat16 on a GPU
     save_dtype: str = "float32"  # of saved weights; bfloat16 halves them but rounds away part of a small step
     tp: int = 1  # processes that share every matrix (tensor parallelism): neighbours, best in one machine
@@ -119,9 +121,9 @@ ASKED = []  # signals that have asked this process to stop; work in hand is brou
 # What the machine needs to hold a size of Llama 2: 7b and 13b on 8 GPUs of 80 GiB, 70b on 64. The method's knobs are
 # the paper's already, as Config's defaults. Weights are saved in float32: M_t+1 goes on from the files of M_t.
 PRESETS = {
-    "7b": {"tp": 1, "recompute": False, "micro_batch": 1, "sample_batch": 16},
-    "13b": {"tp": 1, "recompute": True, "micro_batch": 2, "sample_batch": 8},
-    "70b": {"tp": 8, "recompute": True, "micro_batch": 2, "sample_batch": 64},
+    "7b": {"tp": 1, "recompute": False, "micro_tokens": 8192, "sample_batch": 16},
+    "13b": {"tp": 1, "recompute": True, "micro_tokens": 8192, "sample_batch": 8},
+    "70b": {"tp": 8, "recompute": True, "micro_tokens": 8192, "sample_batch": 64},
 }
 
 
@@ -136,10 +138,14 @@ def main(cfg: Config):
     seed_sft(cfg, mesh, data, "SFT", data["ift"])  # the baseline: instructions only
     eft = write_eft(cfg, mesh, data)  # by the baseline, where people's rankings are all there is
     write_prompts(cfg, mesh, data)  # for all rounds, by the fixed writer
-    seed_sft(cfg, mesh, data, "M1", data["ift"] + eft)  # M0 -> M1: instructions and judging
+    seed = data["ift"] + eft
+    seed_sft(cfg, mesh, data, "M1", seed)  # M0 -> M1: instructions and judging
     for start, end in zip(models[1:], models[2:], strict=False):
         self_reward(cfg, mesh, data, start, end)  # M_t writes, judges itself, prefers
-        train_dpo(cfg, mesh, start, end)  # M_t -> M_t+1
+        if cfg.control == "positive":
+            seed_sft(cfg, mesh, data, end, seed + read_rows(Path(cfg.out) / end / "positives.jsonl"))  # M0 -> M_t+1
+        else:
+            train_dpo(cfg, mesh, start, end)  # M_t -> M_t+1
     for name in models:
         examine(cfg, mesh, data, name)
     log(judge.show(judge.report(Path(cfg.out))))
@@ -178,7 +184,7 @@ def seed_sft(cfg: Config, mesh, data: dict, name: str, rows: list[dict]):
 def write_eft(cfg: Config, mesh, data: dict) -> list[dict]:
     """What M1 learns to judge from: eft.jsonl of the data folder, or else what the SFT baseline says of the replies
     that people have ranked, where it orders them as people do (section 3.1)."""
-    if not data["ranked"] or done(cfg, "M1", "config.json"):
+    if not data["ranked"] or done(cfg, "M1", "config.json") and cfg.control != "positive":  # which learns it again
         return data["eft"]
     folder, asked = Path(cfg.out) / "M1", {(r["id"], r["k"]): r for r in replies(data["ranked"])}
     if not done(cfg, "M1", "eft_judgements.jsonl"):
@@ -245,7 +251,7 @@ def write_prompts(cfg: Config, mesh, data: dict):
 
 def self_reward(cfg: Config, mesh, data: dict, start: str, end: str):
     """M_t responds to the new prompts, judges its own responses, and prefers (section 2.2, steps 2 and 3)."""
-    if done(cfg, end, "pairs.jsonl"):
+    if done(cfg, end, "positives.jsonl" if cfg.control == "positive" else "pairs.jsonl"):
         return
     model, tok = open_model(cfg, mesh, Path(cfg.out) / start)
     prompts = read_rows(Path(cfg.out) / end / "prompts.jsonl", "prompt")
@@ -257,10 +263,15 @@ def self_reward(cfg: Config, mesh, data: dict, start: str, end: str):
     if not done(cfg, end, "judgements.jsonl"):
         texts = {p["id"]: p["prompt"] for p in prompts}
         asked = [c | {"prompt": texts[c["id"]]} for c in candidates]
-        stage, file = (end, "judgements"), f"{end}/judgements.jsonl"
-        put(cfg, end, "judgements.jsonl", score(cfg, mesh, model, tok, data, asked, f"{start} judges", stage, file))
+        if cfg.judge:
+            del model  # one at a time is in memory
+            model, _ = open_model(cfg, mesh, Path(cfg.out) / cfg.judge)
+        what, stage, file = f"{cfg.judge or start} judges", (end, "judgements"), f"{end}/judgements.jsonl"
+        put(cfg, end, "judgements.jsonl", score(cfg, mesh, model, tok, data, asked, what, stage, file))
     judgements = read_rows(Path(cfg.out) / end / "judgements.jsonl", empty=True)
     scores = judge.mean_scores(judgements)
+    if cfg.control == "positive":
+        return put(cfg, end, "positives.jsonl", positives(cfg, end, prompts, candidates, scores))
     if cfg.control == "shuffle":
         scores = shuffled(scores, (cfg.seed, end, "control"))
     pairs, tally = judge.prefer(prompts, candidates, scores, cfg.length_guard)
@@ -273,7 +284,9 @@ def self_reward(cfg: Config, mesh, data: dict, start: str, end: str):
             f"{cfg.out}/{end}: none of {len(prompts)} prompts gave a pair: {dict(tally)}, {rate:.1%} of judgements "
             f"readable, scores {dict(histogram.most_common())}; {remedy}"
         )
-    model = model if not cfg.reference else open_model(cfg, mesh, Path(cfg.out) / cfg.reference)[0]
+    if cfg.reference or cfg.judge:
+        del model
+        model, _ = open_model(cfg, mesh, Path(cfg.out) / (cfg.reference or start))
     put(cfg, end, "pairs.jsonl", add_reference(cfg, mesh, model, tok, pairs, end))
 
 
@@ -402,12 +415,13 @@ def optimize(cfg: Config, model, name, plan, examples, *, pack, loss, units, lr:
     """Update the model on every batch of the plan: AdamW, 5 % warm-up, cosine from lr to end * lr, clipping at 1.
 
     pack(rows) makes the tensors that loss(model, *tensors) takes; it returns a sum over units, of which units(row)
-    says how many a row has. The gradient is that of the whole batch, however it is cut. It goes on from the last
-    checkpoint. BadInput on a loss that is not finite; the models finished so far are on disk.
+    says how many a row has. It goes on from the last checkpoint. BadInput on a loss that is not finite; the models
+    finished so far are on disk.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     warm = max(1, round(0.05 * len(plan)))
     model.train()
+    peak = matmul_rate() * dist.get_world_size() if torch.cuda.is_available() else 0
     identity = {k: v for k, v in asdict(cfg).items() if k not in FREE} | asdict(model.cfg)
     identity |= {"model": name, "steps": len(plan), "rows": digest(plan, examples)}
     begin = resume(cfg, model, optimizer, identity)
@@ -418,17 +432,8 @@ def optimize(cfg: Config, model, name, plan, examples, *, pack, loss, units, lr:
         rate = lr * min((step + 1) / warm, end + (1 - end) * cosine)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        total, sums, tokens = sum(units(examples[i]) for i in batch), Counter(), 0
         torch.manual_seed(random.Random(repr((cfg.seed, name, step, replica(cfg)[0]))).getrandbits(62))  # dropout
-        for rows, weight in micro_batches(cfg, batch):
-            tensors = pack([examples[i] for i in rows])
-            value, shown = loss(model, *tensors)
-            (value * weight * replica(cfg)[1] / total).backward()  # FSDP takes the mean over replicas
-            sums.update({k: v.item() * weight / total for k, v in shown.items()})
-            tokens += tensors[0].numel()
-        sums = reduced(sums, cfg.tp)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        sums, norm = gradient(cfg, model, batch, examples, pack=pack, loss=loss, units=units)
         if not math.isfinite(sums["loss"] + norm):
             raise BadInput(f"{name}: loss {sums['loss']}, gradient norm {norm} at step {step + 1}; earlier models "
                            "and checkpoints are whole: take a lower learning rate and another --out")  # fmt: skip
@@ -436,18 +441,64 @@ def optimize(cfg: Config, model, name, plan, examples, *, pack, loss, units, lr:
         optimizer.zero_grad(set_to_none=True)
         seconds = time.time() - began
         line = {"model": name, "step": step + 1, "steps": len(plan), **sums, "grad_norm": norm, "lr": rate}
+        if peak:
+            line["mfu"] = sum(flops(model, examples[i]) for i in batch) / seconds / peak
         write_metrics(cfg, line | {"seconds": seconds})
         bar.update()
         bar.set_postfix({k: f"{v:.3g}" for k, v in sums.items() if k in ("loss", "margin", "accuracy")})
         if bar.disable:
             shown = " ".join(f"{k} {v:.4g}" for k, v in line.items() if isinstance(v, float))
-            log(f"{name} step {step + 1}/{len(plan)} {shown} {tokens / seconds:,.0f} tok/s")
+            log(f"{name} step {step + 1}/{len(plan)} {shown} {sums['tokens'] / seconds:,.0f} tok/s")
         stop = stopping()
         if stop or (step + 1) % cfg.save_every == 0:
             checkpoint(cfg, model, optimizer, identity | {"step": step + 1})
         if stop:
             raise Stopped
     bar.close()
+
+
+@quick_products(16)
+def gradient(cfg: Config, model, batch, examples, *, pack, loss, units) -> tuple[dict[str, float], float]:
+    """Leave the gradient of a whole batch in the model, clipped at 1, however the batch is cut.
+
+    Returns means over units of what the loss shows, the batch's tokens, the share of padding, and the norm.
+    """
+    total, found, sums = sum(units(examples[i]) for i in batch), [], Counter()
+    for rows, weight in micro_batches(cfg, batch, examples):
+        tensors = pack([examples[i] for i in rows])
+        value, shown = loss(model, *tensors)
+        (value * weight * replica(cfg)[1] / total).backward()  # FSDP takes the mean over replicas
+        found.append((weight, tensors[0].numel(), shown))
+    for weight, count, shown in found:  # only now, since reading a number waits for the device
+        sums.update({k: v.item() * weight / total for k, v in shown.items()})
+        sums.update(tokens=count * weight, padding=count * (1 - weight))
+    sums = reduced(sums, cfg.tp)
+    sums["padding"] /= sums["padding"] + sums["tokens"]
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    return sums, (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def flops(model, example: tuple) -> int:
+    """Operations of a training step on one example: 6 for each weight and token that it meets, two forward and four
+    backward, and 12 * D a layer for each token that a token sees. What is computed twice to save memory counts once.
+    """
+    before, *sizes = len(example[0]) - 1, *map(len, example[1:3])  # a prompt is read once, and only answers are scored
+    seen = before * (before + 1) // 2 + sum(n * before + n * (n + 1) // 2 for n in sizes)
+    weights, cfg = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2), model.cfg
+    total = weights * (before + sum(sizes)) + cfg.vocab_size * cfg.dim * sum(sizes)
+    return 6 * total + 12 * cfg.layers * cfg.dim * seen
+
+
+def matmul_rate(size: int = 8192, count: int = 20) -> float:
+    """Operations per second of large bf16 matrix products on this GPU: the whole that utilisation is a share of."""
+    a = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
+    for n in (3, count):  # the first are warm-up
+        torch.cuda.synchronize()
+        began = time.time()
+        for _ in range(n):
+            a @ a
+        torch.cuda.synchronize()
+    return count * 2 * size**3 / (time.time() - began)
 
 
 def state(model, optimizer) -> dict:
@@ -476,9 +527,9 @@ def checkpoint(cfg: Config, model, optimizer, identity: dict):
     try:
         dcp.save(state(model, optimizer), checkpoint_id=temporary)
     except dcp.CheckpointException as e:
-        why = str(next(iter(e.failures.values()))[0]).split("\n")[0]
-        raise BadInput(f"{temporary}: cannot be written ({why}); is the disk full? The checkpoint before it and "
-                       "finished files are whole: make room, start the same command again") from None  # fmt: skip
+        why, free = next(iter(e.failures.values()))[0], shutil.disk_usage(temporary).free / 1e9
+        raise BadInput(f"{temporary}: cannot be written ({why}; {free:.1f} GB free there); the checkpoint before it "
+                       "and finished files are whole: make room, start the same command again") from None  # fmt: skip
     if dist.get_rank() == 0:
         write_json(temporary / "training.json", identity)
         os.replace(temporary, folder)
@@ -526,15 +577,22 @@ def batches(sizes: list[int], batch: int, epochs: int, key: tuple) -> list[list[
     return plan
 
 
-def micro_batches(cfg: Config, batch: list[int]) -> list[tuple[list[int], float]]:
-    """This process's rows of a batch, `micro_batch` at a time, with their weight.
+def micro_batches(cfg: Config, batch: list[int], examples: list[tuple]) -> list[tuple[list[int], float]]:
+    """This process's rows of a batch, cut so that no cut exceeds `micro_tokens` (if no row does), with their weight.
 
-    All replicas get equally many, or collectives would hang: who has no rows left repeats one with weight 0.
+    All replicas get equally many cuts of like size, or they would wait for each other in collectives, some for
+    ever: who has no rows left repeats one with weight 0.
     """
-    (place, count), micro = replica(cfg), cfg.micro_batch
-    mine = batch[place::count]
-    cut = [(mine[at : at + micro], 1.0) for at in range(0, len(mine), micro)]
-    return cut + [(batch[:1], 0.0)] * (-(-len(batch) // (count * micro)) - len(cut))
+    size = {i: sum(map(len, examples[i][:3])) for i in batch}
+    place, replicas = replica(cfg)
+    room = max(cfg.micro_tokens or (16384 if torch.cuda.is_available() else 2048), *size.values())
+    for count in range(1, len(batch) + 1):
+        cuts = [[] for _ in range(count * replicas)]
+        for i in sorted(batch, key=size.get, reverse=True):  # the longest first, each to the emptiest cut
+            min(cuts, key=lambda cut: sum(size[j] for j in cut)).append(i)
+        if max(sum(size[i] for i in cut) for cut in cuts) <= room:
+            break
+    return [(cut, 1.0) if cut else (batch[:1], 0.0) for cut in cuts[place::replicas]]
 
 
 def pair_examples(tok, pairs: list[dict]) -> list[tuple]:
@@ -549,12 +607,12 @@ def size(example: tuple) -> int:
 
 
 def pack_pairs(rows: list[tuple], device):
-    """B pairs -> tokens and targets (2B, T), reference (2B,): the chosen rows, then the rejected ones."""
-    tokens, targets = collate([(p, c) for p, c, *_ in rows] + [(p, r) for p, _, r, _ in rows], device)
-    reference = torch.tensor([c for *_, (c, _) in rows] + [r for *_, (_, r) in rows], dtype=torch.float32)
-    return tokens, targets, reference.to(device)
+    """B pairs -> tokens, targets and layout of 2B rows, chosen and rejected in turn, and their reference (2B,)."""
+    reference = torch.tensor([logp for *_, both in rows for logp in both], dtype=torch.float32)
+    return *collate([row[:3] for row in rows], device), reference.to(device)
 
 
+@quick_products(16)
 @torch.no_grad()
 def pair_logps(cfg: Config, mesh, model, examples, plan) -> dict[int, tuple[float, float]]:
     """Row number -> the model's log-probs of chosen and rejected, for the rows of the plan, dropout off."""
@@ -562,11 +620,10 @@ def pair_logps(cfg: Config, mesh, model, examples, plan) -> dict[int, tuple[floa
     found = []
     for batch in plan:
         stop_if_asked()
-        for rows, weight in micro_batches(cfg, batch):
-            tokens, targets, _ = pack_pairs([examples[i] for i in rows], mesh.device_type)
-            logps = sequence_logps(model, tokens, targets).tolist()
+        for rows, weight in micro_batches(cfg, batch, examples):
+            logps = sequence_logps(model, *collate([examples[i][:3] for i in rows], mesh.device_type)).tolist()
             if weight:
-                found += zip(rows, logps[: len(rows)], logps[len(rows) :], strict=True)
+                found += zip(rows, logps[::2], logps[1::2], strict=True)
     return {i: (chosen, rejected) for i, chosen, rejected in share(found)}
 
 
@@ -718,6 +775,17 @@ def shuffled(scores: dict[tuple, float], key: tuple) -> dict[tuple, float]:
     return out
 
 
+def positives(cfg: Config, end: str, prompts: list[dict], candidates: list[dict], scores: dict) -> list[dict]:
+    """Responses of mean score 5 as seed rows (appendix A.4), without cut ones: these have no end to learn."""
+    texts = {p["id"]: p["prompt"] for p in prompts}
+    best = [c for c in candidates if scores.get((c["id"], c["k"])) == 5 and not c["truncated"]]
+    log(f"{end}: {len(best)} of {len(candidates)} responses have a score of 5")
+    if not best:
+        raise BadInput(f"{cfg.out}/{end}: no whole response of {len(candidates)} has a mean score of 5, so --control "
+                       "positive has nothing to add to the seed data; give more --prompts")  # fmt: skip
+    return [{"id": c["id"], "k": c["k"], "prompt": texts[c["id"]], "response": c["response"]} for c in best]
+
+
 # ---- processes ---------------------------------------------------------------------------------------------
 
 
@@ -758,6 +826,7 @@ def open_model(cfg: Config, mesh, folder):
     device = "cpu" if cfg.offload else mesh.device_type
     shard = None if plain and not (cfg.recompute or cfg.offload) else shard
     model, tok = load(folder, torch.float32, device, cfg.dropout, shard)
+    dist.barrier()  # who reads slowly is waited for here, for a day if need be, and not in the first forward pass
     return model.eval(), tok
 
 
@@ -850,20 +919,21 @@ def parameters(shape: ModelConfig) -> tuple[int, int]:
 def passing(cfg: Config, shape: ModelConfig) -> tuple[int, int, int]:
     """Bytes of a number in compute; bytes a token that a block keeps for backward, and that pass through at work.
 
-    Kept are: of both norms their fp32 input, the scaled and the weighted output; q, the attention's output twice, k
-    and v; four vectors of the MLP; the masks of dropout. tp cuts what lies between columns and rows.
+    Kept are: of both norms their fp32 input, the scaled and the weighted output; the masks of dropout; q, k and v with
+    as many heads, the attention's output twice; four vectors of the MLP. tp cuts what lies between columns and rows.
     """
     b = getattr(torch, cfg.dtype or "bfloat16").itemsize
-    heads = 3 * shape.dim + 2 * shape.kv_heads * shape.head_dim
-    kept = 2 * (4 + 2 * b + (cfg.dropout > 0)) * shape.dim + b * (heads + 4 * shape.ffn) // cfg.tp
+    kept = 2 * (4 + 2 * b + (cfg.dropout > 0)) * shape.dim + b * (5 * shape.dim + 4 * shape.ffn) // cfg.tp
     return b, kept, b * (4 * shape.dim + 3 * shape.ffn // cfg.tp)
 
 
-def micro_batch(cfg: Config, shape: ModelConfig, gpus: int) -> tuple[int, bool]:
-    """Most tokens that a process puts through the model at once, and whether an update takes it several goes."""
-    mine = -(-cfg.batch * cfg.tp // gpus)
-    pair = 2 * min(shape.max_len, cfg.max_prompt + cfg.max_response)
-    return min(mine, cfg.micro_batch) * max(shape.max_len, pair), mine > cfg.micro_batch
+def at_once(cfg: Config, shape: ModelConfig, gpus: int) -> tuple[int, bool]:
+    """Most tokens that a GPU puts through the model at once in training, and whether an update takes several goes."""
+    pair = min(shape.max_len, cfg.max_prompt + 10 + cfg.max_response) + cfg.max_response  # the prompt stands there once
+    longest = max(shape.max_len, pair)
+    mine = -(-cfg.batch * cfg.tp // gpus) * longest
+    room = max(cfg.micro_tokens or 16384, longest)
+    return min(mine, room), mine > room
 
 
 def training_memory(cfg: Config, shape: ModelConfig, gpus: int, tokens: int, more: bool) -> dict[str, float]:
@@ -918,7 +988,7 @@ def seed_sizes(cfg: Config, tok=None) -> dict[str, list[int]]:
 
 def workload(cfg: Config, shape: ModelConfig, sizes: dict[str, list[int]]) -> dict[str, dict[str, int]]:
     """Model -> tokens to train on, to sample and to read (no backward pass) for it, if every text is as long as it may
-    be, every prompt gives a pair and no request for a prompt fails. Left out: few-shot requests, EFT's making, exams."""
+    be, every prompt gives a pair and no request for one fails. Left out: what requests read, EFT's making, exams."""
     written, answer, grade = (min(n, shape.max_len // 2) for n in (cfg.max_prompt, cfg.max_response, cfg.max_judgement))
     asked = written + 10  # with the chat format
     judged = min(shape.max_len - grade, sum(sizes["template"]) + written + answer)
@@ -928,7 +998,7 @@ def workload(cfg: Config, shape: ModelConfig, sizes: dict[str, list[int]]) -> di
     counts = [int(n) for n in cfg.prompts.split(",")]
     for t in range(1, cfg.iters):
         prompts = counts[min(t, len(counts)) - 1]
-        pairs = prompts * 2 * (asked + answer)
+        pairs = prompts * (asked + 2 * answer)
         todo[f"M{t + 1}"] = {
             "trained": cfg.dpo_epochs * pairs,
             "sampled": prompts * (written + cfg.candidates * (answer + cfg.votes * grade)),
@@ -948,7 +1018,7 @@ def plan(cfg: Config, shape: ModelConfig, machine: dict, sizes: dict[str, list[i
     gpus, (n, _) = machine["gpus"], parameters(shape)
     check_world(cfg, gpus)
     check_tp(shape, cfg.tp, cfg.init or "--preset")
-    training = training_memory(cfg, shape, gpus, *micro_batch(cfg, shape, gpus))
+    training = training_memory(cfg, shape, gpus, *at_once(cfg, shape, gpus))
     sampling = sampling_memory(cfg, shape, gpus, cfg.sample_batch, shape.max_len)
     token = (sampling["gathered"] + sampling["KV cache"] / 2) / BANDWIDTH / (cfg.sample_batch * gpus // cfg.tp)
     todo = workload(cfg, shape, sizes)
@@ -977,7 +1047,7 @@ def show_plan(cfg: Config, machine: dict, found: dict):
              f"{BANDWIDTH / 1e12:g} TB/s while they sample: {sum(row[-1] for row in rows):.1f} in all")  # fmt: skip
     log(judge.table(title, ["", "trained", "sampled", "read", "hours"], rows))
     log("disk: " + ", ".join(f"{what} {size / GiB:,.1f} GiB" for what, size in found["disk"].items()))
-    remedies = {"training": "--recompute, --offload, a smaller --micro-batch", "sampling": "a smaller --sample-batch"}
+    remedies = {"training": "--recompute, --offload, a smaller --micro-tokens", "sampling": "a smaller --sample-batch"}
     for phase, parts in found["memory"].items():
         if (needs := sum(parts.values()) / GiB) > room:
             raise BadInput(f"{phase} needs {needs:.1f} GiB of {room:g} a GPU: try a larger --tp, more --gpus, "
@@ -1029,7 +1099,8 @@ def checked(cfg: Config) -> Config:
         (cfg.iters >= 1, "--iters counts models from M1 on and is at least 1"),
         (re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", cfg.prompts), "--prompts is a number of prompts, or several: 300,700"),
         (cfg.candidates >= 2, "--candidates must be at least 2, or there is nothing to prefer"),
-        (min(cfg.votes, cfg.batch, cfg.micro_batch, cfg.sample_batch) >= 1, "votes and batches are at least 1"),
+        (min(cfg.votes, cfg.batch, cfg.sample_batch) >= 1, "votes and batches are at least 1"),
+        (cfg.micro_tokens >= 0, "--micro-tokens is at least 1, or 0 for the default"),
         (cfg.save_every >= 1, "--save-every counts updates and is at least 1"),
         (cfg.eft_size >= 0, "--eft-size is a number of rows, or 0"),
         (min(cfg.sft_epochs, cfg.dpo_epochs) >= 1, "epochs are at least 1"),
@@ -1040,10 +1111,10 @@ def checked(cfg: Config) -> Config:
         (0 < cfg.top_p <= 1, "--top-p lies in (0, 1]"),
         (0 <= cfg.dropout < 1, "--dropout lies in [0, 1)"),
         (cfg.beta > 0 and cfg.nll >= 0, "--beta is positive and --nll not negative"),
-        (cfg.control in ("", "shuffle"), "--control is shuffle or nothing"),
+        (cfg.control in ("", "shuffle", "positive"), "--control is shuffle, positive or nothing"),
         (cfg.dtype in ("", "float32", "bfloat16"), "--dtype is float32 or bfloat16"),
         (cfg.save_dtype in ("float32", "bfloat16"), "--save-dtype is float32 or bfloat16"),
-        (cfg.reference in ("", "M1"), "--reference is M1 or nothing"),
+        ({cfg.reference, cfg.judge} <= {"", "M1"}, "--reference and --judge are M1 or nothing"),
     ):
         if not ok:
             raise BadInput(what)

@@ -3,7 +3,6 @@
 import inspect
 import math
 from copy import deepcopy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch.nn.functional import log_softmax
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dpo
+import model
 from dpo import IGNORE, collate, dpo_loss, preference_loss, sequence_logps, sft_loss
 
 LN2 = math.log(2)
@@ -28,11 +28,11 @@ def examples(tok):
 
 @pytest.fixture
 def pairs(tok):
-    """Two pairs in the trainer's order: the chosen responses, then the rejected ones."""
+    """Two pairs: prompt, chosen, rejected."""
     prompts = [tok.chat("Where does the otter live?"), tok.chat("fox")]
     chosen = [tok.response("In rivers, and it eats fish."), tok.response("It is red.")]
     rejected = [tok.response("No."), tok.response("The fox hunts mice in the woods.")]
-    return [*zip(prompts, chosen, strict=True), *zip(prompts, rejected, strict=True)]
+    return list(zip(prompts, chosen, rejected, strict=True))
 
 
 class Bigram(nn.Module):
@@ -45,7 +45,7 @@ class Bigram(nn.Module):
         with torch.no_grad():
             self.head.weight.copy_(torch.as_tensor(table).T)
 
-    def forward(self, tokens, cache=None, readout=None):
+    def forward(self, tokens, cache=None, readout=None, layout=None):
         hidden = self.rows[tokens]
         return self.head(hidden) if readout is None else readout(hidden, self.head)
 
@@ -58,16 +58,28 @@ def logp(table, i, j):
 
 
 def test_targets_are_the_response_shifted_by_one_and_nothing_else():
-    tokens, targets = collate([([1, 5, 6], [7, 8, 2]), ([1], [9, 2]), ([1, 3, 4, 5], [2])])
+    tokens, targets, layout = collate([([1, 5, 6], [7, 8, 2]), ([1], [9, 2]), ([1, 3, 4, 5], [2])])
     _ = IGNORE
-    assert tokens.tolist() == [[1, 5, 6, 7, 8], [1, 9, 0, 0, 0], [1, 3, 4, 5, 0]]
-    assert targets.tolist() == [[_, _, 7, 8, 2], [9, 2, _, _, _], [_, _, _, 2, _]]
+    assert tokens.tolist() == [[1, 5, 6, 7, 8, 1, 9, 1, 3, 4, 5]]
+    assert targets.tolist() == [[_, _, 7, 8, 2, 9, 2, _, _, _, 2]]
+    assert layout == [(5, 0, 0), (2, 1, 0), (4, 2, 0)]  # end to end: no padding, nobody's prefix
     assert tokens.dtype == targets.dtype == torch.int64
 
 
-def test_every_response_token_is_a_target_once_and_eos_is_one_iff_the_answer_ended(tok, examples):
-    _, targets = collate(examples)
-    for (_, response), row in zip(examples, targets, strict=True):
+def test_a_prompt_is_read_once_and_its_last_token_before_every_response():
+    tokens, targets, layout = collate([([1, 5, 6], [7, 8, 2], [9, 2]), ([1], [4, 2], [2], [3])])
+    _ = IGNORE
+    assert tokens.tolist() == [[1, 5, 6, 7, 8, 6, 9, 1, 4, 1, 1]]
+    assert targets.tolist() == [[_, _, 7, 8, 2, 9, 2, 4, 2, 2, 3]]
+    assert layout == [(5, 0, 0), (2, 0, 2), (2, 2, 0), (1, 2, 0), (1, 2, 0)]
+
+
+def test_every_response_token_is_a_target_once_and_eos_is_one_iff_the_answer_ended(tok, examples, pairs):
+    tokens, targets, layout = collate(examples + pairs)
+    responses = [r for _, *both in examples + pairs for r in both]
+    rows = targets[0].split([n for n, *_ in layout])
+    assert tokens.shape == targets.shape == (1, sum(len(p) - 1 + sum(map(len, rs)) for p, *rs in examples + pairs))
+    for response, row in zip(responses, rows, strict=True):
         learned = row[row != IGNORE].tolist()
         assert learned == response
         assert learned.count(tok.eos) == (1 if response[-1] == tok.eos else 0)
@@ -76,13 +88,13 @@ def test_every_response_token_is_a_target_once_and_eos_is_one_iff_the_answer_end
 
 def test_inputs_are_not_mutated(net, pairs):
     before = deepcopy(pairs)
-    tokens, targets = collate(pairs)
-    kept = tokens.clone(), targets.clone()
+    tokens, targets, layout = collate(pairs)
+    kept = tokens.clone(), targets.clone(), deepcopy(layout)
     reference = torch.arange(4.0)
-    preference_loss(net, tokens, targets, reference, nll=0.5)
-    sft_loss(net, tokens, targets)
+    preference_loss(net, tokens, targets, layout, reference, nll=0.5)
+    sft_loss(net, tokens, targets, layout)
     assert pairs == before
-    assert torch.equal(tokens, kept[0]) and torch.equal(targets, kept[1])
+    assert torch.equal(tokens, kept[0]) and torch.equal(targets, kept[1]) and layout == kept[2]
     assert torch.equal(reference, torch.arange(4.0))
 
 
@@ -98,7 +110,8 @@ def test_log_probabilities_are_read_one_position_before_their_token_and_summed()
     assert got.tolist() == pytest.approx(want, rel=1e-5)
 
 
-def test_log_probabilities_equal_transformers_log_softmax(net, examples):
+def twin_of(net):
+    """transformers' Llama with the same weights."""
     c = net.cfg
     twin = LlamaForCausalLM(LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.layers, num_attention_heads=c.heads,
@@ -106,40 +119,96 @@ def test_log_probabilities_equal_transformers_log_softmax(net, examples):
         rms_norm_eps=c.norm_eps, bos_token_id=1, eos_token_id=2,
     )).eval()  # fmt: skip
     twin.load_state_dict({k if k.startswith("lm_head") else f"model.{k}": v for k, v in net.state_dict().items()})
-    got = sequence_logps(net, *collate(examples))
-    for (prompt, response), value in zip(examples, got, strict=True):
-        ids = torch.tensor([prompt + response])
-        logps = log_softmax(twin(ids).logits[0].double(), -1)
-        want = sum(logps[len(prompt) - 1 + i, t] for i, t in enumerate(response))
-        assert value.item() == pytest.approx(want.item(), abs=1e-3)
+    return twin
 
 
-def test_padding_moves_no_number(net, examples):
-    together = sequence_logps(net, *collate(examples))
-    alone = torch.cat([sequence_logps(net, *collate([e])) for e in examples])
-    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-5)
-    tokens, targets = collate(examples)
-    for filler in (0, 1, 2, 77):
-        more = torch.full((len(examples), 13), filler)
-        ignored = torch.full_like(more, IGNORE)
-        wide = sequence_logps(net, torch.cat((tokens, more), 1), torch.cat((targets, ignored), 1))
-        torch.testing.assert_close(wide, together, atol=1e-4, rtol=1e-5)
+def alone(logits_of, prompt, response):
+    """log p(response | prompt) of one row, from the full logits."""
+    logps = log_softmax(logits_of(torch.tensor([prompt + response]))[0].double(), -1)
+    return sum(logps[len(prompt) - 1 + i, t] for i, t in enumerate(response))
 
 
 def gradients(model):
     return {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
 
 
+def same_gradients(a, b, tolerance):
+    """Equal names, and differences small against the largest entry of the tensor."""
+    assert a.keys() == b.keys() and len(a) > 10
+    for name in a:
+        assert (a[name] - b[name]).abs().max() <= tolerance * b[name].abs().max(), name
+
+
+@pytest.mark.parametrize("piece", [128, 3, 1])
+def test_log_probabilities_and_gradients_equal_transformers_row_by_row(cfg, examples, pairs, monkeypatch, piece):
+    """Also where responses share a prompt, and where one has no sibling; queries are cut in pieces of any size."""
+    monkeypatch.setattr(model.Rows, "PIECE", piece)
+    net, ragged = random_net(cfg, std=0.15), [examples[3], *pairs, examples[2], (*pairs[0], examples[1][1])]
+    rows = [(prompt, response) for prompt, *responses in ragged for response in responses]
+    weights = torch.linspace(-2, 3, len(rows))
+    got = sequence_logps(net, *collate(ragged))
+    (got * weights).sum().backward()
+    twin = twin_of(net)
+    want = torch.stack([alone(lambda ids: twin(ids).logits, *row) for row in rows])
+    (want * weights).sum().backward()
+    torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=1e-5)
+    same_gradients(gradients(net), {k.removeprefix("model."): g for k, g in gradients(twin).items()}, 1e-5)
+
+
+def test_a_row_sees_nothing_of_its_neighbours(net, pairs):
+    """What stands in one response changes no other row's number, to the last bit."""
+    before = sequence_logps(net, *collate(pairs))
+    (prompt, chosen, rejected), other = pairs
+    for changed, moved in (((prompt, [7] * len(chosen), rejected), 0), ((prompt, chosen, [7] * len(rejected)), 1)):
+        after = sequence_logps(net, *collate([changed, other]))
+        assert [i for i in range(4) if after[i] != before[i]] == [moved]
+
+
+def test_the_company_of_other_rows_moves_no_number(net, examples, pairs):
+    together = sequence_logps(net, *collate(examples + pairs))
+    single = torch.cat([sequence_logps(net, *collate([e])) for e in examples + pairs])
+    torch.testing.assert_close(together, single, atol=1e-4, rtol=1e-5)
+
+
+def varlen(q, k, v, ends_q, ends_k, most_q, most_k, *, window_size):
+    """What torch documents of varlen_attn, causal from the lower right, in a loop over rows and queries."""
+    assert (
+        window_size == (-1, 0)
+        and q.shape[1] == k.shape[1] == v.shape[1]
+        and ends_q.dtype == ends_k.dtype == torch.int32
+    )
+    assert (most_q, most_k) == (int(ends_q.diff().max()), int(ends_k.diff().max()))
+    assert ends_q[-1] == len(q) and ends_k[-1] == len(k) == len(v)
+    out = torch.empty_like(q)
+    for (a, b), (c, d) in zip(ends_q.unfold(0, 2, 1).tolist(), ends_k.unfold(0, 2, 1).tolist(), strict=True):
+        for i in range(a, b):
+            seen = slice(c, d - (b - 1 - i))
+            weights = (torch.einsum("hd,shd->hs", q[i], k[seen]) * q.shape[-1] ** -0.5).softmax(-1)
+            out[i] = torch.einsum("hs,shd->hd", weights, v[seen])
+    return out
+
+
+def test_the_kernel_for_gpus_is_asked_for_the_same_attention(examples, pairs, monkeypatch):
+    """It does not run here: its arguments are checked against what it promises."""
+    monkeypatch.setattr(model, "varlen_attn", varlen)
+    tokens, _, layout = collate([examples[3], *pairs, examples[2]])
+    rows = model.Rows(layout, "cpu")
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, tokens.shape[1], 8, generator=g) for heads in (4, 2, 2))
+    for _ in range(2):  # the second layer finds the indices ready
+        torch.testing.assert_close(rows.attend_fused(q, k, v), rows.attend(q, k, v))
+
+
 @pytest.mark.parametrize("tokens_at_once", [1, 3, 7])
 def test_chunks_of_the_vocabulary_projection_change_neither_values_nor_gradients(cfg, examples, monkeypatch, tokens_at_once):  # fmt: skip  # noqa: E501
-    tokens, targets = collate(examples)
+    tokens, targets, layout = collate(examples)
     n = int((targets != IGNORE).sum())
     results = []
     for chunk in (1 << 30, tokens_at_once * cfg.vocab_size):
         monkeypatch.setattr(dpo, "CHUNK", chunk)
         net, seen = random_net(cfg), []
         net.lm_head.register_forward_hook(lambda _, args, out, seen=seen: seen.append(len(args[0])))
-        logps = sequence_logps(net, tokens, targets)
+        logps = sequence_logps(net, tokens, targets, layout)
         assert seen == [n] if chunk == 1 << 30 else max(seen) <= tokens_at_once and sum(seen) == n
         (logps * torch.tensor([1.0, -2.0, 0.5, 3.0])).sum().backward()
         results.append((logps.detach(), gradients(net)))
@@ -151,15 +220,15 @@ def test_chunks_of_the_vocabulary_projection_change_neither_values_nor_gradients
 
 
 def test_policy_and_reference_are_bit_equal_through_the_same_function(cfg, pairs):
-    tokens, targets = collate(pairs)
+    rows = collate(pairs)
     for dtype in (torch.float32, torch.bfloat16):
         net = random_net(cfg).to(dtype)
         with torch.no_grad():
-            reference = sequence_logps(net, tokens, targets)
-        policy = sequence_logps(net, tokens, targets)
+            reference = sequence_logps(net, *rows)
+        policy = sequence_logps(net, *rows)
         assert policy.dtype == reference.dtype == torch.float32, "sums of hundreds of tokens need fp32"
         assert torch.equal(policy, reference) and policy.requires_grad
-        loss, shown = preference_loss(net, tokens, targets, reference)
+        loss, shown = preference_loss(net, *rows, reference)
         assert shown["margin"] == 0 and shown["accuracy"] == 0
         assert loss.item() == pytest.approx(2 * LN2, rel=1e-6)
 
@@ -193,15 +262,14 @@ def test_the_loss_is_that_of_the_response_positions_alone(net, examples):
     loss, _ = sft_loss(net, *collate(examples))
     want = 0.0
     for prompt, response in examples:
-        logps = log_softmax(net(torch.tensor([prompt + response]))[0].double(), -1)
-        want -= sum(logps[len(prompt) - 1 + i, t].item() for i, t in enumerate(response))
+        want -= alone(net, prompt, response).item()
     assert loss.item() == pytest.approx(want, rel=1e-5)
 
 
 def test_a_batch_without_targets_raises(net):
-    tokens = torch.ones(2, 5, dtype=torch.long)
+    tokens = torch.ones(1, 10, dtype=torch.long)
     with pytest.raises(ValueError, match="masked"):
-        sft_loss(net, tokens, torch.full_like(tokens, IGNORE))
+        sft_loss(net, tokens, torch.full_like(tokens, IGNORE), [(5, 0, 0), (5, 1, 0)])
     with pytest.raises(ValueError, match="masked"):
         sft_loss(net, *collate([([1, 5, 6], [])]))
 
@@ -212,9 +280,7 @@ def test_micro_batches_add_up_to_the_whole_batch(cfg, examples):
     parts = random_net(cfg)
     for cut in (examples[:1], examples[1:]):
         sft_loss(parts, *collate(cut))[0].backward()
-    a, b = gradients(whole), gradients(parts)
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=1e-4, rtol=1e-4)
+    same_gradients(gradients(whole), gradients(parts), 1e-5)
 
 
 # ---- DPO
@@ -260,54 +326,48 @@ def test_extreme_margins_stay_finite():
 
 def test_preference_loss_is_the_sum_form_over_unequal_lengths_by_hand():
     table = torch.randn(6, 6, generator=torch.Generator().manual_seed(3)).mul(2).tolist()
-    rows = [
-        ([1, 3], [4, 4, 5, 2]),
-        ([1], [5, 2]),
-        ([1, 3], [2]),
-        ([1], [3, 3, 2]),
-    ]  # chosen, chosen, rejected, rejected
-    reference = [-2.0, -1.0, -3.0, -0.5]
+    pairs = [([1, 3], [4, 4, 5, 2], [2]), ([1], [5, 2], [3, 3, 2])]
+    reference = [-2.0, -3.0, -1.0, -0.5]
 
     def total(prompt, response):
         ids = prompt + response
         return sum(logp(table, ids[i - 1], ids[i]) for i in range(len(prompt), len(ids)))
 
-    pi = [total(*row) for row in rows]
-    margins = [0.3 * ((pi[i] - reference[i]) - (pi[i + 2] - reference[i + 2])) for i in range(2)]
+    pi = [total(prompt, response) for prompt, *both in pairs for response in both]
+    margins = [0.3 * ((pi[i] - reference[i]) - (pi[i + 1] - reference[i + 1])) for i in (0, 2)]
     want = sum(math.log(1 + math.exp(-m)) for m in margins)
-    tokens, targets = collate(rows)
-    loss, shown = preference_loss(Bigram(table), tokens, targets, torch.tensor(reference), beta=0.3)
+    rows = collate(pairs)
+    loss, shown = preference_loss(Bigram(table), *rows, torch.tensor(reference), beta=0.3)
     assert loss.item() == pytest.approx(want, rel=1e-5)
     assert shown["margin"].item() == pytest.approx(sum(margins), rel=1e-5)
-    assert shown["logp_chosen"].item() == pytest.approx(pi[0] + pi[1], rel=1e-5)
-    assert shown["logp_rejected"].item() == pytest.approx(pi[2] + pi[3], rel=1e-5)
+    assert shown["logp_chosen"].item() == pytest.approx(pi[0] + pi[2], rel=1e-5)
+    assert shown["logp_rejected"].item() == pytest.approx(pi[1] + pi[3], rel=1e-5)
 
-    per_token = -pi[0] / 4 - pi[1] / 2  # the chosen responses only, end of sequence included
+    per_token = -pi[0] / 4 - pi[2] / 2  # the chosen responses only, end of sequence included
     assert shown["nll"].item() == pytest.approx(per_token, rel=1e-5)
-    loss, again = preference_loss(Bigram(table), tokens, targets, torch.tensor(reference), beta=0.3, nll=0.7)
+    loss, again = preference_loss(Bigram(table), *rows, torch.tensor(reference), beta=0.3, nll=0.7)
     assert loss.item() == pytest.approx(want + 0.7 * per_token, rel=1e-5)
     assert again["loss"].item() == pytest.approx(want, rel=1e-5), "the diagnostic is the DPO loss alone"
 
 
 def test_preference_loss_starts_at_ln_2_and_a_step_moves_the_model_the_right_way(cfg, pairs):
-    tokens, targets = collate(pairs)
-    net = random_net(cfg)
+    rows, net = collate(pairs), random_net(cfg)
     with torch.no_grad():
-        reference = sequence_logps(net, tokens, targets)
+        reference = sequence_logps(net, *rows)
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
-    loss, _ = preference_loss(net, tokens, targets, reference)
+    loss, _ = preference_loss(net, *rows, reference)
     assert loss.item() / 2 == pytest.approx(LN2, rel=1e-6)
     loss.backward()
     optimizer.step()
-    after, shown = preference_loss(net, tokens, targets, reference)
+    after, shown = preference_loss(net, *rows, reference)
     assert after < loss and shown["margin"] > 0 and shown["accuracy"] == 2
     assert shown["reward_chosen"] > 0 > shown["reward_rejected"]
 
 
-def test_padding_and_pair_order_leave_the_preference_loss_unmoved(net, pairs):
+def test_company_and_order_of_pairs_leave_the_preference_loss_unmoved(net, pairs):
     reference = torch.tensor([-50.0, -20.0, -10.0, -80.0])
     whole, _ = preference_loss(net, *collate(pairs), reference)
-    parts = [preference_loss(net, *collate([pairs[i], pairs[i + 2]]), reference[[i, i + 2]])[0] for i in (1, 0)]
+    parts = [preference_loss(net, *collate([pairs[i]]), reference[2 * i : 2 * i + 2])[0] for i in (1, 0)]
     assert whole.item() == pytest.approx(sum(parts).item(), rel=1e-4)
 
 
@@ -317,6 +377,5 @@ def test_every_knob_must_be_named():
         assert all(parameters[n].kind is inspect.Parameter.KEYWORD_ONLY for n in names)
     with pytest.raises(TypeError):
         dpo_loss(*torch.zeros(4, 1), 0.5)
-    model = SimpleNamespace()
     with pytest.raises(TypeError):
-        preference_loss(model, *torch.zeros(3, 2), 0.5)
+        preference_loss(None, *torch.zeros(2, 2), [], torch.zeros(2), 0.5)

@@ -48,7 +48,8 @@ def test_what_the_paper_says_is_where_the_table_says_it_is():
 
 
 @pytest.mark.parametrize(
-    "script", ["train.py", "judge.py", "sample.py", "data/zoo/prepare.py", "data/oasst/prepare.py"]
+    "script",
+    ["train.py", "judge.py", "sample.py", "data/zoo/prepare.py", "data/zoo/ablate.py", "data/oasst/prepare.py"],
 )
 def test_every_script_it_names_explains_itself(script):
     assert script in README or script in MAKEFILE

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,12 +22,17 @@ import tiny
 import torch
 import torch.distributed as dist
 from tiny import ROOT, start, write_rows
+from torch.utils.flop_counter import FlopCounterMode
 
 import judge
 import sample
 import train
-from model import BadInput, ModelConfig, check_tp, load
+from dpo import collate, sequence_logps
+from model import BadInput, ModelConfig, Rows, check_tp, load
 from sample import read_rows
+
+sys.path.insert(0, str(ROOT / "data" / "zoo"))
+import ablate
 
 SHARED = ROOT.parent / "shared" / "data"
 CHECKPOINT = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"}
@@ -162,7 +167,7 @@ def test_sft_lowers_the_loss_and_updates_follow_the_schedule(whole):
         an_epoch = -(-rows // 5)
         assert len(lines) == an_epoch * epochs
         first, last = lines[:an_epoch], lines[-an_epoch:]
-        assert sum(r["loss"] for r in last) < 0.8 * sum(r["loss"] for r in first)
+        assert sum(r["loss"] for r in last) < 0.85 * sum(r["loss"] for r in first)
         assert max(r["lr"] for r in lines) == 3e-3 and 0.2 * 3e-3 <= lines[-1]["lr"] < 0.25 * 3e-3
         assert (lines[0]["lr"] < 3e-3) == (len(lines) >= 40)  # 5 % of the steps are warm-up
         assert [r["lr"] for r in last] == sorted((r["lr"] for r in last), reverse=True)
@@ -281,33 +286,19 @@ def test_sampling_goes_on_with_the_next_chunk(world, whole, tmp_path):
     straight, out = tmp_path / "straight", tmp_path / "run"
     assert start(ready_to_sample(world, whole, straight), tmp_path / "log").code == 0
     flags, kept = ready_to_sample(world, whole, out), []
-    for number, (file, chunk) in enumerate((("candidates", 2), ("judgements", 3), ("exam", 2))):
-        kill = ("commit", f"M2/{file}.jsonl", chunk)
-        assert start(flags, tmp_path / f"log{number}", kill=kill).code == -9
+    for number, file in enumerate(("candidates", "judgements", "judgements")):  # each start gets to a second chunk
+        assert start(flags, tmp_path / f"log{number}", kill=("commit", f"M2/{file}.jsonl", 2)).code == -9
         lines = (out / f"M2/{file}.jsonl.part").read_text().splitlines(keepends=True)
-        assert len(lines) == chunk and not lines[-1].endswith("\n")  # the last is torn
-        kept.append(sum(len(json.loads(line)["rows"]) for line in lines[:-1]))
+        assert not lines[-1].endswith("\n")  # it is torn
+        kept.append([json.loads(line)["rows"] for line in lines[:-1]])
     assert start(flags, tmp_path / "log3").code == 0
     same(products(out), products(straight))
-    said = [(tmp_path / f"log{n}" / "rank0.out").read_text() for n in (1, 2, 3)]
-    assert kept == [5, 16, 8]  # and what is kept is not sampled again
+    first, second = list(range(8)), list(range(8, 16))
+    assert kept == [[list(range(5))], [first], [first, second]]
+    said = [(tmp_path / f"log{n}" / "rank0.out").read_text() for n in (1, 2, 3)]  # what is kept is not sampled again
     assert "M1 responds: 5 of 9 rows are there" in said[0] and "M1 responds: 12 responses" in said[0]
-    assert "M1 judges: 16 of 27 rows are there" in said[1] and "M1 judges: 22 judgements" in said[1]
-    assert "M2 judges ranked answers: 8 of 9 rows" in said[2] and "M2 judges ranked answers: 2 judg" in said[2]
-
-
-def test_chunks_of_one_process_are_kept_by_two(world, whole, tmp_path):
-    flags = ready_to_sample(world, whole, tmp_path / "run")
-    assert start(flags, tmp_path / "log", kill=("commit", "M2/candidates.jsonl", 2)).code == -9
-    part = tmp_path / "run" / "M2" / "candidates.jsonl.part"
-    kept = json.loads(part.read_text().splitlines()[0])["made"]
-    stale = {"of": "0", "rows": [5, 99], "made": [kept[0] | {"id": 5}]}  # a chunk of other rows than these
-    part.write_text(part.read_text().splitlines(keepends=True)[0] + json.dumps(stale) + "\n")
-    result = start(flags, tmp_path / "log2", world=2)
-    assert result.codes == [0, 0], result.err
-    rows = read_rows(tmp_path / "run" / "M2" / "candidates.jsonl")
-    assert [(r["id"], r["k"]) for r in rows] == [(i, k) for i in range(9) for k in range(3)]
-    assert rows[: len(kept)] == kept and "M1 responds: 5 of 9 rows are there" in result.out
+    assert "M1 judges: 8 of 27 rows are there" in said[1]
+    assert "M1 judges: 16 of 27 rows are there" in said[2] and "M1 judges: 22 judgements" in said[2]
 
 
 # ---- asked to stop, and things that go wrong on the way ----------------------------------------------------
@@ -334,19 +325,29 @@ def test_a_tensor_parallel_group_of_which_one_process_is_asked_to_stop_stops_as_
     assert result.codes == [75, 75] and not result.err, result.err
 
 
-@pytest.mark.parametrize("act, code", [("term", 75), ("int", 130)])
-def test_asked_to_stop_a_sampling_run_ends_with_a_line_and_keeps_its_chunks(world, whole, tmp_path, act, code):
-    flags = ready_to_sample(world, whole, tmp_path / "run")
-    result = start(flags, tmp_path / "log", kill=("commit", "M2/candidates.jsonl", 1, act))
-    assert result.code == code and "the same command goes on" in result.out.splitlines()[-1] and not result.err
-    (line,) = read_rows(tmp_path / "run" / "M2" / "candidates.jsonl.part")
-    assert line["rows"] == [0, 1, 2, 3, 4]
+def test_asked_to_stop_sampling_stops_at_once_with_a_line_and_another_world_keeps_its_chunks(world, whole, tmp_path):
+    """First one process by Ctrl-C, in its second chunk; then one of two by SIGTERM, in their second."""
+    flags, folder = ready_to_sample(world, whole, tmp_path / "run"), tmp_path / "run" / "M2"
+    result = start(flags, tmp_path / "log", kill=("sampling", "M1 responds", 65, "int"))
+    assert result.code == 130 and not result.err and "the same command goes on" in result.out.splitlines()[-1]
+    (chunk,) = read_rows(folder / "candidates.jsonl.part")
+    assert chunk["rows"] == list(range(5))
+    stale = {"of": "0", "rows": [5, 99], "made": [chunk["made"][0] | {"id": 5}]}  # a chunk of other rows than these
+    write_rows(folder / "candidates.jsonl.part", [chunk, stale])
+    result = start(flags, tmp_path / "log2", world=2, kill=("sampling", "M1 judges", 120, "term", "1"))
+    assert result.codes == [75, 75] and not result.err and "the same command goes on" in result.out.splitlines()[-1]
+    assert "M1 responds: 5 of 9 rows are there" in result.out
+    rows = read_rows(folder / "candidates.jsonl")
+    assert [(r["id"], r["k"]) for r in rows] == [(i, k) for i in range(9) for k in range(3)]
+    assert rows[:15] == chunk["made"]
+    (chunk,) = read_rows(folder / "judgements.jsonl.part")
+    assert chunk["rows"] == list(range(16))
 
 
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint_and_one_line(world, whole, tmp_path):
     out, flags = tmp_path / "run", ("--iters", 1, "--save-every")
     full = start(flags_of(world, out, *flags, 3), tmp_path / "log", kill=("step", "SFT", 5, "full"))
-    refused(full, out / "SFT" / "checkpoint" / "6.tmp", "cannot be written", "disk full", "make room")
+    refused(full, out / "SFT" / "checkpoint" / "6.tmp", "cannot be written", "GB free", "make room")
     full = start(flags_of(world, out, *flags, 99), tmp_path / "log2", kill=("step", "SFT", 25, "full"))
     assert "SFT: goes on after step 3 of 25" in full.out
     refused(full, out, "File too large", "make room")  # the weights
@@ -356,7 +357,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_and_one_line(world, who
     same(ours, {name: content for name, content in products(whole).items() if name.startswith(("SFT/", "M1/"))})
 
 
-def test_checkpoints_of_another_training_and_damaged_ones_are_refused(world, whole, tmp_path):
+def test_checkpoints_of_another_training_and_damaged_ones_are_refused(world, tmp_path):
     out, flags = tmp_path / "run", ("--save-every", 3, "--iters", 1)
     home, kept = out / "SFT" / "checkpoint", tmp_path / "kept"
     assert start(flags_of(world, out, *flags), tmp_path / "log", kill=("step", "SFT", 5)).code == -9
@@ -373,9 +374,6 @@ def test_checkpoints_of_another_training_and_damaged_ones_are_refused(world, who
             run(world, out, *flags)
         what = f"another training, whose {key} is {value!r}" if key else "damaged or incomplete"
         assert f"{home}/3: " in str(e.value) and what in str(e.value) and f"remove {home}" in str(e.value)
-    shutil.rmtree(home)  # as told: SFT is trained from its start
-    run(world, out, *flags)
-    assert (out / "M1/model.safetensors").read_bytes() == (whole / "M1/model.safetensors").read_bytes()
 
 
 # ---- many processes ----------------------------------------------------------------------------------------
@@ -388,8 +386,8 @@ def close(a: list[dict], b: list[dict], keys, tolerance: float):
             assert x[k] == pytest.approx(y[k], rel=tolerance, abs=tolerance), (x["model"], x["step"], k)
 
 
-# batch 5 over two processes: 3 and 2 rows, in micro-batches of 2 and 1 against 2; the last batch of an epoch is 1 row
-UNEVEN = ("--dropout", 0, "--batch", 5, "--micro-batch", 2, "--sft-lr", 2e-4, "--dpo-lr", 2e-4, "--iters", 2,
+# batch 5 over two processes: 3 and 2 rows, in micro-batches of one row or two; the last batch of an epoch is 1 row
+UNEVEN = ("--dropout", 0, "--batch", 5, "--micro-tokens", 70, "--sft-lr", 2e-4, "--dpo-lr", 2e-4, "--iters", 2,
           "--sft-epochs", 2, "--dpo-epochs", 5)  # fmt: skip
 
 
@@ -418,7 +416,8 @@ def test_processes_take_the_same_steps_as_one(world, one_process, tmp_path, layo
     assert result.codes == [0] * processes and result.err == "", result.err
     for model, keys in (("M1", ["loss"]), ("M2", ["loss", "margin", "logp_chosen", "nll"])):
         assert len(metrics(out, model)) >= 10
-        close(metrics(out, model), metrics(one_process, model), [*keys, "grad_norm"], 1e-5)
+        close(metrics(out, model), metrics(one_process, model), [*keys, "grad_norm", "tokens"], 1e-5)
+    assert {r["padding"] for r in metrics(one_process)} == {0}  # but a row that keeps others company is computed twice
     first = metrics(out, "M2")[0]
     assert first["margin"] == first["reward_chosen"] == first["reward_rejected"] == 0
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
@@ -477,16 +476,16 @@ def test_a_process_without_rows_waits_for_the_others(world, one_process, tmp_pat
         assert load(tmp_path / "run" / name)[0].cfg.layers == 2
 
 
-@pytest.mark.parametrize("micro", [3, 1])
+@pytest.mark.parametrize("micro", [150, 1])
 def test_micro_batches_of_any_size_take_the_same_steps(world, tmp_path, micro):
     flags = ("--dropout", 0, "--batch", 16, "--sft-lr", 2e-4, "--dpo-lr", 2e-4, "--iters", 2, "--sft-epochs", 2)
-    one = run(world, tmp_path / "one", *flags, "--micro-batch", 16)
+    one = run(world, tmp_path / "one", *flags)
     out = part_of(one, tmp_path / "run", "M2/*s.jsonl")
-    config = json.loads((out / "config.json").read_text()) | {"micro_batch": micro}
+    config = json.loads((out / "config.json").read_text()) | {"micro_tokens": micro}
     (out / "config.json").write_text(json.dumps(config))
-    run(world, out, *flags, "--micro-batch", micro)
-    for model in ("SFT", "M1", "M2"):
-        close(metrics(out, model), metrics(one, model), ["loss", "grad_norm"], 1e-5)
+    run(world, out, *flags, "--micro-tokens", micro)
+    for name in ("SFT", "M1", "M2"):
+        close(metrics(out, name), metrics(one, name), ["loss", "grad_norm"], 1e-5)
 
 
 def test_every_row_is_seen_once_an_epoch():
@@ -508,19 +507,65 @@ def test_every_row_is_seen_once_an_epoch():
     assert max(max(sizes[i] for i in b) - min(sizes[i] for i in b) for b in plan) < 60  # like lengths together
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_processes_share_a_batch_in_equally_many_micro_batches(monkeypatch, world_size):
+def dealt(monkeypatch, world_size: int, budget: int, batch, examples) -> list[list[tuple[list[int], float]]]:
+    """What every process of a world would be given."""
+    cfg, found = train.Config(micro_tokens=budget), []
     monkeypatch.setattr(dist, "get_world_size", lambda: world_size)
+    for rank in range(world_size):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        found.append(train.micro_batches(cfg, batch, examples))
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_processes_share_a_batch_in_equally_many_micro_batches_within_the_budget(monkeypatch, world_size):
+    rng = random.Random(0)
+    examples = [([1] * rng.randrange(1, 9), [1] * rng.randrange(1, 40), [1] * rng.randrange(1, 40)) for _ in range(99)]
+    size = [sum(map(len, e)) for e in examples]
     for length in (1, 2, 5, 8, 16, 17):
-        for micro in (1, 3, 16):
-            batch, seen, counts = random.Random(length).sample(range(100), length), Counter(), set()
-            for rank in range(world_size):
-                monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
-                cut = train.micro_batches(replace(train.Config(), micro_batch=micro), batch)
-                counts.add(len(cut))
-                assert all(0 < len(rows) <= micro and set(rows) <= set(batch) and w in (0, 1) for rows, w in cut)
-                seen.update(i for rows, weight in cut for i in rows if weight)
-            assert seen == Counter(batch) and len(counts) == 1, (length, micro)
+        batch = rng.sample(range(99), length)
+        for budget in (0, 1, 60, 200, 10000):
+            ranks = dealt(monkeypatch, world_size, budget, batch, examples)
+            assert len({len(cuts) for cuts in ranks}) == 1, (length, budget)
+            assert Counter(i for cuts in ranks for rows, w in cuts for i in rows if w) == Counter(batch)
+            for rows, weight in (cut for cuts in ranks for cut in cuts):
+                assert rows and weight in (0, 1) and set(rows) <= set(batch)
+                assert sum(size[i] for i in rows) <= max(budget or 2048, max(size[i] for i in batch))
+            assert ranks == dealt(monkeypatch, world_size, budget, batch, examples)
+
+
+def test_micro_batches_are_few_and_processes_have_equally_much_to_do(monkeypatch):
+    rng = random.Random(1)
+    examples = [([1] * 20, [1] * rng.randrange(10, 60)) for _ in range(64)]
+    size = [sum(map(len, e)) for e in examples]
+    for world_size, budget in ((1, 500), (2, 500), (4, 300), (4, 10000)):
+        ranks = dealt(monkeypatch, world_size, budget, list(range(64)), examples)
+        loads = [[sum(size[i] for i in rows) for rows, _ in cuts] for cuts in ranks]
+        assert len(loads[0]) <= math.ceil(sum(size) / world_size / budget) + 1
+        assert all(max(step) - min(step) <= max(size) / 4 for step in zip(*loads, strict=True))  # they end together
+
+
+def test_metrics_count_tokens_and_rows_are_not_padded(world, whole):
+    tok = load(whole / "M1")[1]
+    for name, epochs, key in (("SFT", 5, ["response"]), ("M2", 3, ["chosen_tokens", "rejected_tokens"])):
+        rows = read_rows(whole / "M2" / "pairs.jsonl") if name == "M2" else read_rows(world.data / "ift.jsonl")
+        said = [[r[k] if name == "M2" else tok.response(r[k]) for k in key] for r in rows]
+        count = sum(len(tok.chat(r["prompt"])) - 1 + sum(map(len, both)) for r, both in zip(rows, said, strict=True))
+        assert sum(line["tokens"] for line in metrics(whole, name)) == epochs * count
+        assert {line["padding"] for line in metrics(whole, name)} == {0}
+
+
+def test_operations_are_those_that_torch_counts(world, monkeypatch):
+    """Attention is cut into single queries, so that torch too counts what is seen and no more; chunks are off."""
+    monkeypatch.setattr(Rows, "PIECE", 1)
+    net, tok = load(world.base)
+    rng = random.Random(0)
+    for examples in ([(tok.raw("What is it?"), tok.response("It is so, and it is fine."))],
+                     [([1] * rng.randrange(2, 30), [5] * rng.randrange(1, 20), [6] * rng.randrange(1, 20))
+                      for _ in range(3)]):  # fmt: skip
+        with FlopCounterMode(display=False) as counter:
+            sequence_logps(net, *collate(examples)).sum().backward()
+        assert counter.get_total_flops() == sum(train.flops(net, e) for e in examples)
 
 
 # ---- M_t, its pairs and its reference ----------------------------------------------------------------------
@@ -677,6 +722,61 @@ def test_shuffled_scores_keep_what_a_prompt_got_and_change_who_got_it(world, who
     assert ours == told(judge.prefer(prompts, candidates, dealt)[0]) and ours != plain
 
 
+def test_judge_m1_judges_in_every_round_and_nothing_else_of_a_round_is_m1s(world, watched, tmp_path):
+    out = run(world, tmp_path / "run", "--dropout", 0, "--judge", "M1")
+    ours, theirs = products(out), products(watched.out)
+    assert {k for k in theirs if ours[k] != theirs[k]} == {"config.json", "metrics.jsonl"} | {
+        f"M3/{f}" for f in ("judgements.jsonl", "pairs.jsonl", "model.safetensors", "test.jsonl", "alpaca_eval.json",
+                            "exam.jsonl")}  # fmt: skip
+    prompts, candidates, judgements, pairs = (read_rows(out / "M3" / f) for f in LINES)
+    net, tok = load(out / "M1")
+    rows = [c | {"prompt": prompts[c["id"]]["prompt"]} for c in candidates]
+    knobs = {"votes": 2, "max_new": 24, "temperature": 1.0, "top_p": 1.0, "batch": 64, "key": (0, "M3", "judgements")}
+    assert judgements == judge.score(net.eval(), tok, (world.data / "judge.txt").read_text(), rows, **knobs)
+    assert [p["reference_chosen"] for p in pairs] == pytest.approx(logps(out / "M2", pairs, "chosen"), abs=1e-3)
+
+
+def test_positive_trains_m0_on_the_seed_rows_and_exactly_the_responses_of_mean_score_5(world, tmp_path, monkeypatch):
+    begun, taught, optimize = {}, {}, train.optimize
+
+    def watch(cfg, model, name, plan, examples, **rest):
+        begun[name] = {k: p.detach().clone() for k, p in model.named_parameters()}
+        taught[name] = examples
+        optimize(cfg, model, name, plan, examples, **rest)
+
+    monkeypatch.setattr(train, "optimize", watch)
+    flags = ("--control", "positive", "--votes", 1, "--max-response", 9)  # some are cut
+    out = run(world, tmp_path / "run", *flags)
+    base, tok = load(world.base)
+    cut = 0
+    for end in ("M2", "M3"):
+        prompts, candidates, judgements = (read_rows(out / end / f) for f in LINES[:3])
+        full_marks = [(j["id"], j["k"]) for j in judgements if j["score"] == 5]
+        best = [c for c in candidates if (c["id"], c["k"]) in full_marks]
+        cut += sum(c["truncated"] for c in best)
+        texts = [(prompts[c["id"]]["prompt"], c["response"]) for c in best if not c["truncated"]]
+        assert texts and [(r["prompt"], r["response"]) for r in read_rows(out / end / "positives.jsonl")] == texts
+        assert taught[end] == taught["M1"] + [(tok.chat(p), tok.response(r)) for p, r in texts]
+        assert all(torch.equal(begun[end][k], p) for k, p in base.named_parameters())
+        assert not (out / end / "pairs.jsonl").exists()
+    assert cut and len(taught["M1"]) == 42
+    before = products(out)
+    run(world, out, *flags)
+    same(products(out), before)
+
+
+def test_a_positive_has_a_mean_of_exactly_5_and_an_end(world):
+    cfg = train.parse_args(flags_of(world, "run"))
+    rows = [{"id": 0, "k": k, "response": f"It is {k}.", "tokens": [k], "truncated": k == 3} for k in range(5)]
+    scores = judge.mean_scores([{"id": 0, "k": k, "score": s} for k, s in ((0, 5), (0, 4), (1, 5), (1, 5), (3, 5))])
+    asked = [{"id": 0, "prompt": "What is it?"}]
+    assert train.positives(cfg, "M2", asked, rows, scores) == [
+        {"id": 0, "k": 1, "prompt": "What is it?", "response": "It is 1."}
+    ]
+    with pytest.raises(BadInput, match="run/M2: no whole response of 4 has a mean score of 5"):
+        train.positives(cfg, "M2", asked, rows[:1] + rows[2:], scores)
+
+
 def test_training_never_reads_the_oracle(world, whole, tmp_path):
     data = variant(world, tmp_path, {"oracle.py": "raise RuntimeError('the loop has read the oracle')\n"})
     with pytest.raises(RuntimeError, match="has read the oracle"):
@@ -725,6 +825,29 @@ def scripted(world, monkeypatch):
 
     monkeypatch.setattr(judge, "generate", generate)
     return asked
+
+
+def test_positives_join_the_eft_rows_that_the_baseline_made_also_in_a_later_start(
+    world, ranked_world, tmp_path, scripted, monkeypatch
+):
+    taught, optimize = [], train.optimize
+
+    def watch(cfg, model, name, plan, examples, **rest):
+        taught.append((name, examples))
+        optimize(cfg, model, name, plan, examples, **rest)
+
+    monkeypatch.setattr(train, "optimize", watch)
+    monkeypatch.setattr(judge, "mean_scores", lambda _: {(0, 0): 5.0, (1, 0): 5.0})
+    flags = ("--control", "positive", "--iters", 2, "--sft-epochs", 1)
+    out = run(world, tmp_path / "run", *flags, data=ranked_world)
+    positives = len(read_rows(out / "M2" / "positives.jsonl"))
+    (_, sft), (_, m1), (_, m2) = taught
+    assert positives and len(m2) == len(m1) + positives and m2[: len(m1)] == m1 and len(m1) > len(sft)
+    before = products(out)
+    (out / "M2" / "config.json").unlink()
+    run(world, out, *flags, data=ranked_world)
+    assert len(taught) == 4 and taught[3] == ("M2", m2)
+    same(products(out), before)
 
 
 def test_m1_learns_from_what_the_baseline_says_in_agreement_with_people(world, ranked_world, tmp_path, scripted):
@@ -830,6 +953,37 @@ def test_eft_rows_of_a_real_judge_survive_deaths_and_another_number_of_processes
     assert result.out.count("M1: EFT {") == 1
 
 
+# ---- the ablations: run folders that start from the files of another ---------------------------------------
+
+
+def telling(files) -> set[str]:
+    """Those of the models' files that are not the same for all models of all runs."""
+    return {f for f in files if "/" in f and f.split("/")[1] not in CHECKPOINT - {"model.safetensors"}}
+
+
+NOT_HERE = ("ift-only", "positive", "candidates-2")  # these may end early here; what 2 changes, 8 changes
+
+
+@pytest.mark.parametrize("v", [v for v in ablate.VARIANTS[1:] if v.name not in NOT_HERE],
+                         ids=lambda v: v.name)  # fmt: skip
+def test_a_variant_copies_all_it_shares_with_the_full_run_and_ends_as_if_it_had_copied_nothing(
+    world, whole, tmp_path, monkeypatch, v
+):
+    monkeypatch.setattr(ablate, "JUDGE", "Pick a grade.\nQuestion: {prompt}\nAnswer: {response}\n")  # few tokens here
+    monkeypatch.setattr(ablate, "GRADES", dict(zip(range(1, 6), ["It is bad.", *["It is fine."] * 4], strict=True)))
+    data = ablate.make_multiple_choice(world.data, tmp_path)
+    flags = ["--data", world.data, *v.flags.format(multiple_choice=data).split(), "--iters", v.iters]
+    alone, full = products(run(world, tmp_path / "alone", *flags)), products(whole)
+    ablate.share(whole, tmp_path / "run", v)
+    copied = products(tmp_path / "run")
+    by_chance = {f"{m}/{f}" for m in ("M2", "M3") for f in ("test.jsonl", "alpaca_eval.json", "exam.jsonl")
+                 if alone.get(f"{m}/model.safetensors") != full[f"{m}/model.safetensors"]}  # fmt: skip
+    assert telling(copied) == telling(f for f in alone if alone[f] == full.get(f)) - by_chance
+    models = [{f.split("/")[0] for f in copied if f.endswith(end)} for end in ("/model.safetensors", "/config.json")]
+    assert models[0] == models[1] == {r["model"] for r in metrics(tmp_path / "run")}
+    same(products(run(world, tmp_path / "run", *flags)), alone)
+
+
 # ---- knobs -------------------------------------------------------------------------------------------------
 
 NOWHERE = ["--data", "/nowhere"]  # no recipe.json there
@@ -847,7 +1001,14 @@ def test_every_field_is_a_flag_whose_help_is_its_comment(capsys):
         assert "--" + f.name.replace("_", "-") in said and " ".join(line.split("  # ")[1].split()) in said, f.name
 
 
-VALUES = {"save_dtype": "bfloat16", "prompts": "3,4", "reference": "M1", "control": "shuffle", "dtype": "bfloat16"}
+VALUES = {
+    "save_dtype": "bfloat16",
+    "prompts": "3,4",
+    "reference": "M1",
+    "judge": "M1",
+    "control": "shuffle",
+    "dtype": "bfloat16",
+}
 
 
 @pytest.mark.parametrize("field", fields(train.Config), ids=lambda f: f.name)
@@ -909,8 +1070,9 @@ EFFECTS = [  # a flag, another value, the first product that must change by it
     ("control", "shuffle", "M2/pairs.jsonl"),
     ("dtype", "bfloat16", "SFT/model.safetensors"),
     ("reference", "M1", "M3/pairs.jsonl"),
+    ("judge", "M1", "M3/judgements.jsonl"),
 ]
-NO_EFFECT = {"out", "iters", "sample_batch", "micro_batch", "max_prompt", "save_every"}  # each has a test of its own
+NO_EFFECT = {"out", "iters", "sample_batch", "micro_tokens", "max_prompt", "save_every"}  # each has a test of its own
 NO_EFFECT |= {"tp", "dp_replicate", "recompute", "offload"}
 
 
@@ -1044,6 +1206,7 @@ BAD_FLAGS = {
     "fewer than no EFT rows": (["--eft-size", "-1"], ["--eft-size"], 1),
     "a reference that never comes": (["--reference", "M9"], ["--reference"], 1),
     "a guard over all scores": (["--length-guard", "1"], ["--length-guard"], 1),
+    "a judge that never comes": (["--judge", "M2"], ["--judge"], 1),
     "a control that is none": (["--control", "flip"], ["--control"], 1),
     "half a tensor-parallel group": (["--tp", "2"], ["1 processes", "--tp 2"], 1),
     "half a copy": (["--dp-replicate", "2"], ["1 processes", "--dp-replicate 2"], 1),

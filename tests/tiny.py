@@ -16,7 +16,6 @@ import socket
 import sys
 import time
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import sentencepiece
@@ -39,7 +38,7 @@ SHAPE = {"dim": 48, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 96, "max_len"
 RECIPE = {
     "prompts": "9,7", "max_prompt": 24, "rouge": 0.95, "candidates": 3, "votes": 2, "temperature": 1.0,
     "top_p": 1.0, "max_response": 12, "max_judgement": 24, "sample_batch": 64, "sft_lr": 3e-3, "sft_epochs": 5,
-    "dpo_lr": 1e-3, "dpo_epochs": 3, "batch": 5, "micro_batch": 5,
+    "dpo_lr": 1e-3, "dpo_epochs": 3, "batch": 5,
 }  # fmt: skip
 
 
@@ -104,8 +103,8 @@ def make_base(folder: Path, seed: int = 0, steps: int = 300):
     net = Llama(ModelConfig(vocab_size=tok.size, **SHAPE))
     optimizer = torch.optim.AdamW(net.parameters(), lr=5e-3, betas=(0.9, 0.95))
     for step in range(steps):
-        tokens, targets = collate([(ids[:1], ids[1:]) for ids in rng.sample(texts, 12)])
-        loss, _ = sft_loss(net, tokens, targets)
+        tokens, targets, layout = collate([(ids[:1], ids[1:]) for ids in rng.sample(texts, 12)])
+        loss, _ = sft_loss(net, tokens, targets, layout)
         (loss / (targets >= 0).sum()).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = 5e-3 * min((step + 1) / 20, 1 - 0.9 * step / steps)
@@ -190,8 +189,8 @@ def kill_at(place: str, what: str, count: int, act: str = "die", rank: str = "")
 
                 def tick(*counts):
                     left[0] -= 1
-                    if name == what and left[0] == 0:
-                        act()
+                    if name == what and left[0] <= 0:
+                        act() if left[0] == 0 else die()  # who was asked to stop does not go on
                     bar(*counts)
 
                 yield tick
@@ -338,9 +337,14 @@ def check_shards(rank: int, world: int, tp: int, folder: Path, sources: list[Pat
     names = ("replicate", "dp", "tp")
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1, world // tp, tp), mesh_dim_names=names)
     model.SHARD_BYTES = 500_000
+
+    def shard(net):
+        model.parallelize(net, mesh, torch.float32)
+        assert (net.lm_head.weight is net.embed_tokens.weight) == net.cfg.tied  # or it would be gathered twice
+
     for number, source in enumerate(sources):
         dist.barrier()
-        net, tok = model.load(source, shard=partial(model.parallelize, mesh=mesh, dtype=torch.float32))
+        net, tok = model.load(source, shard=shard)
         plain, _ = model.load(source)
         held, count = (sum(p.numel() for p in ps) for ps in ([p.to_local() for p in net.parameters()],
                                                              plain.parameters()))  # fmt: skip
@@ -354,6 +358,10 @@ def check_shards(rank: int, world: int, tp: int, folder: Path, sources: list[Pat
         all_ranks = [torch.empty_like(ours) for _ in range(world)]
         dist.all_gather(all_ranks, ours)
         assert all(torch.equal(ours, other) for other in all_ranks)  # ranks of a tp group draw the same tokens
+        for one in (net, plain):  # all ranks do the same row, so the mean over them is that of one
+            one(tokens).logsumexp(-1).sum().backward()
+        for (name, p), q in zip(net.named_parameters(), plain.parameters(), strict=True):
+            assert torch.allclose(p.grad.full_tensor(), q.grad, rtol=1e-3, atol=1e-4 * q.grad.abs().max()), name
         model.save(net, tok, f"{folder}/saved{number}", torch.bfloat16, write=rank == 0)
     dist.barrier()
     dist.destroy_process_group()
