@@ -936,19 +936,19 @@ def at_once(cfg: Config, shape: ModelConfig, gpus: int) -> tuple[int, bool]:
     return min(mine, room), mine > room
 
 
-def training_memory(cfg: Config, shape: ModelConfig, gpus: int, tokens: int, more: bool) -> dict[str, float]:
-    """Bytes a GPU by part in the worse of two moments: backward begins, with all activations (and, if there are `more`
-    micro-batches than one, gradients), or it ends, with all gradients and the activations of one block."""
+def training_memory(cfg: Config, shape: ModelConfig, gpus: int, tokens: int, more: bool, targets: int = 0) -> dict:
+    """Bytes a GPU by part in the worst moment of a step: backward is at the vocabulary projection, at the last block,
+    or at the first, where all gradients are there (if there are `more` micro-batches than one, they always are)."""
     (n, block), (b, kept, work) = parameters(shape), passing(cfg, shape)
-    held = 0 if cfg.offload else n * cfg.dp_replicate / gpus
+    held, again = 0 if cfg.offload else n * cfg.dp_replicate / gpus, kept if cfg.recompute else 0
+    inputs = shape.layers * (b * shape.dim if cfg.recompute else kept)  # what is kept of all blocks, a token
+    logits = min(dpo.CHUNK, (targets or tokens) * shape.vocab_size) * (8 + 2 * b) + tokens * (4 + 3 * b) * shape.dim
     fixed = {"weights": 4 * held, "optimizer": 8 * held,
              "gathered": b * (n - (shape.layers - 2) * block) / cfg.tp,  # two blocks, embedding and head
              "gradients in flight": 4 * block / cfg.tp}  # of a block, in fp32 for the reduction  # fmt: skip
-    inputs = tokens * (shape.layers * b * shape.dim + kept if cfg.recompute else shape.layers * kept)
-    logits = min(dpo.CHUNK, tokens * shape.vocab_size) * (12 + 2 * b) + tokens * (4 + 3 * b) * shape.dim
-    begins = fixed | {"gradients": 4 * held * more, "activations": inputs + tokens * work, "logits": logits}
-    ends = fixed | {"gradients": 4 * held, "activations": tokens * (kept + work), "logits": 0}
-    return max(begins, ends, key=lambda parts: sum(parts.values()))
+    moments = ((more, inputs, logits), (more, inputs + again + work, 0), (True, kept + work, 0))
+    return max((fixed | {"gradients": 4 * held * grown, "activations": tokens * size, "logits": chunk}
+                for grown, size, chunk in moments), key=lambda parts: sum(parts.values()))  # fmt: skip
 
 
 def sampling_memory(cfg: Config, shape: ModelConfig, gpus: int, rows: int, length: int) -> dict[str, float]:
