@@ -13,10 +13,11 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import bench_memory
 import pytest
 import tiny
 import torch
@@ -28,7 +29,7 @@ import judge
 import sample
 import train
 from dpo import collate, sequence_logps
-from model import BadInput, ModelConfig, Rows, check_tp, load
+from model import CONFIGS, BadInput, ModelConfig, Rows, check_tp, load, read_shape
 from sample import read_rows
 
 sys.path.insert(0, str(ROOT / "data" / "zoo"))
@@ -1370,6 +1371,106 @@ def test_torchrun_ends_all_processes_with_the_line_and_the_status_of_the_one_tha
     lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert result.returncode == 1 and lines == ["error on process 1: the texts of process 1 are lost; find them"]
     assert 'train.py", line' not in result.stderr, result.stderr
+
+
+# ---- the plan ----------------------------------------------------------------------------------------------
+
+BY_SIZE = {"7b": 8, "13b": 8, "70b": 64}  # GPUs of 80 GiB
+PAPER = {"sft_lr": 5.5e-6, "dpo_lr": 1e-6, "batch": 16, "dropout": 0.1, "beta": 0.1, "temperature": 0.7, "top_p": 0.9,
+         "candidates": 4, "votes": 3, "writer_temperature": 0.6}  # paper section 3.1  # fmt: skip
+
+
+def test_memory_of_the_toy_by_hand():
+    shape, matrices = CONFIGS["toy"], 160 * 160 * 2 + 80 * 160 * 2 + 3 * 160 * 432
+    block, n = matrices + 320, 2 * 1024 * 160 + 4 * (matrices + 320) + 160
+    assert train.parameters(shape) == (n, block)
+    cfg = train.Config(dropout=0.0)
+    parts = train.training_memory(cfg, shape, 4, 8, True)  # so few tokens that the end of backward is no worse
+    kept = 2 * 8 * 160 + 2 * (5 * 160 + 4 * 432)  # norms, attention, MLP, in bytes a token of a block
+    assert parts["weights"] == n and parts["optimizer"] == 2 * n and parts["gradients"] == n  # 4, 8 and 4 bytes / 4
+    assert parts["gathered"] == 2 * (2 * block + 2 * 1024 * 160 + 160) and parts["gradients in flight"] == 4 * block
+    assert parts["logits"] == 8 * 1024 * 12 + 8 * 10 * 160 and parts["activations"] == 8 * 4 * kept
+    parts = train.sampling_memory(replace(cfg, tp=2), shape, 4, 3, 100)
+    assert parts["gathered"] == n and parts["KV cache"] == 2 * 4 * 3 * 100 * 2 * 40 * 2 / 2
+    assert train.training_memory(replace(cfg, offload=True), shape, 4, 8, True)["optimizer"] == 0
+
+
+def test_memory_is_what_torchs_tracker_finds(tmp_path):
+    cases = [("plain", 16, 512, []), ("again", 2, 128, ["--recompute"])]
+    argv = [["--config", "toy", "--gpus", "4", "--tp", "2", "--rows", str(rows), "--length", str(length), *flags,
+             "--json", str(tmp_path / name)] for name, rows, length, flags in cases]  # fmt: skip
+    assert tiny.together(bench_memory.main, [(a,) for a in argv]) == [0, 0]
+    for name, rows, length, flags in cases:
+        cfg = train.Config(tp=2, dropout=0.0, recompute=bool(flags))
+        found = {r["case"]: r["bytes"] for r in json.loads((tmp_path / name).read_text())}
+        for case, responses in (("sft", 1), ("dpo", 2)):  # prompt and responses have half of the length each
+            tokens, targets = rows * length // 2 * (1 + responses), rows * length // 2 * responses
+            ours = train.training_memory(cfg, CONFIGS["toy"], 4, tokens, False, targets)
+            assert sum(ours.values()) == pytest.approx(found[case]["total"], rel=0.1), (name, case)
+        ours = train.sampling_memory(cfg, CONFIGS["toy"], 4, rows, length)
+        assert ours["KV cache"] == found["sample"]["kv cache"] and ours["activations"] > found["sample"]["activations"]
+        assert ours["gathered"] == pytest.approx(found["sample"]["gathered"], rel=0.01)
+
+
+@pytest.mark.parametrize("size", train.PRESETS)
+def test_presets_fit_with_the_papers_knobs_and_flags_override_them(size, tmp_path):
+    (tmp_path / "recipe.json").write_text('{"sample_batch": 3, "tp": 4, "max_response": 99}')
+    argv = ["--data", str(tmp_path), "--preset", size, "--plan"]
+    cfg = train.parse_args(argv)
+    assert {k: getattr(cfg, k) for k in PAPER} == PAPER
+    assert asdict(cfg).items() >= train.PRESETS[size].items() and cfg.max_response == 99
+    assert train.parse_args([*argv, "--sample-batch", "7"]).sample_batch == 7
+    machine = {"gpus": BY_SIZE[size], "gpu_memory": 80.0, "rate": 200.0}
+    cfg = replace(cfg, max_response=1024)
+    found = train.plan(cfg, CONFIGS[size], machine, train.seed_sizes(cfg))
+    assert all(20 < sum(parts.values()) / train.GiB < 80 for parts in found["memory"].values())
+    with pytest.raises(BadInput, match="--init"):
+        train.parse_args(["--data", str(tmp_path), "--preset", size])
+
+
+def test_plan_refuses_what_cannot_fit_with_the_remedy_and_starts_and_writes_nothing(
+    world, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(dist, "init_process_group", None)
+    before, out = sorted(world.folder.rglob("*")), tmp_path / "run"
+    train.command(flags_of(world, out, "--plan"))
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("training: 3.0 of 80 GiB", "sampling", "M3", "hours", "disk: 4 models"))
+    for flags, words in (
+        (["--gpu-memory", 2], "training needs 3.0 GiB of 2 a GPU: try a larger --tp, more --gpus, --recompute"),
+        (["--sample-batch", 10**6, "--gpus", 1], "a smaller --sample-batch"),
+        (["--tp", 3, "--gpus", 3], "4 heads"),
+        (["--tp", 2, "--gpus", 3], "3 processes are not a multiple of 2"),
+        (["--gpus", 0], "more than 0"),
+        (["--data", tmp_path / "none"], "no such folder"),
+    ):
+        with pytest.raises(SystemExit) as e:
+            train.command(flags_of(world, out, "--plan", *flags))
+        assert words in e.value.code
+    assert not out.exists() and sorted(world.folder.rglob("*")) == before
+
+
+def test_the_plan_bounds_what_a_real_run_does(world, whole):
+    cfg = train.parse_args(flags_of(world, whole))
+    shape, tok, _ = read_shape(world.base)
+    machine = {"gpus": 1, "gpu_memory": 80.0, "rate": 1.0}
+    sizes = train.seed_sizes(cfg, tok)
+    found = train.plan(cfg, shape, machine, sizes)
+    for name, rows in (("SFT", sizes["ift"]), ("M1", sizes["ift"] + sizes["eft"])):  # no row exceeds the context
+        trained = sum(line["tokens"] for line in metrics(whole, name)) + cfg.sft_epochs * len(
+            rows
+        )  # a row's last token
+        assert found["models"][name]["trained"] == trained  # is not read
+    for name in ("M2", "M3"):
+        prompts, drawn, votes = (
+            read_rows(whole / name / f"{f}.jsonl") for f in ("prompts", "candidates", "judgements")
+        )
+        bound = len(prompts) * (cfg.max_prompt + cfg.candidates * (cfg.max_response + cfg.votes * cfg.max_judgement))
+        assert found["models"][name]["sampled"] == bound
+        assert len(drawn) == len(prompts) * cfg.candidates and len(votes) <= len(drawn) * cfg.votes
+        assert 0 < sum(line["tokens"] for line in metrics(whole, name)) <= found["models"][name]["trained"]
+    models = sum((whole / name / "model.safetensors").stat().st_size for name in ("SFT", "M1", "M2", "M3"))
+    assert found["disk"]["4 models"] == pytest.approx(models, rel=0.02)  # names and shapes come on top
 
 
 # ---- the real thing ----------------------------------------------------------------------------------------
