@@ -16,6 +16,7 @@ from scipy import stats
 import sample
 from model import BadInput, load
 from sample import (
+    TRIES,
     answer,
     as_file,
     generate,
@@ -82,7 +83,7 @@ def test_cached_batched_decoding_equals_the_uncached_loop_one_by_one(net, tok, l
     keys = [("k", i) for i in range(len(prompts))]
     rng = random.Random(0)
     stop = rng.sample(range(net.cfg.vocab_size), 20)  # rows end at different steps, so that rows are dropped
-    us = [[uniforms((*key, k), max_new) for k in range(n)] for key in keys]
+    us = [[uniforms((*key, k), TRIES * max_new).view(-1, TRIES) for k in range(n)] for key in keys]
     want = [[plain_loop(net, p, u, stop, max_new, **knobs) for u in row] for p, row in zip(prompts, us, strict=True)]
     assert len({len(ids) for row in want for ids in row}) > 1, "some rows should end early"
     for batch in (1, 3, 4, 256):
