@@ -786,7 +786,7 @@ def tokenizer_json(tok: Tokenizer) -> dict:
 # ---- many processes: applied from outside, in place --------------------------------------------------------
 
 # Tensor parallelism (Megatron-LM, Shoeybi et al. 2019). What enters and leaves attention and MLP is whole and equal on
-# all ranks of a tp group, to the last bit; between `columns` and `rows` each works on heads and hidden units of its own.
+# all ranks of a tp group, to the last bit; between `columns` and `rows` each has heads and hidden units of its own.
 # The forwards below run on plain tensors: DTensor's own take several times as long to start, which decoding would feel.
 
 

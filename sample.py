@@ -11,7 +11,9 @@ What is common to prompts is computed once: the ids that all prompts begin with 
 call, a prompt for its n samples. Every sample draws from random numbers of its own, keyed by what it is (seed,
 stage, prompt id, sample index), so batch order and number of processes change nothing.
 
-Left out: beam search, repetition penalties, continuous batching (a finished row leaves, none takes its place yet).
+A finished sample's place goes to the next in the queue at once, so no step is spent on texts that have ended.
+
+Left out: beam search, repetition penalties; on a GPU paged caches and CUDA graphs, which nobody could try here yet.
 """
 
 import argparse
@@ -241,11 +243,13 @@ def stream(
     temperature: float = 0.7,
     top_p: float = 0.9,
     batch: int = 256,
+    agree: Callable[[int], int] = int,
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Decode n samples of every prompt, `batch` side by side; yields (rows, their next tokens), a step each.
 
     Row i * n + k is sample k of prompt i. A row ends with a token of `stop`, or after max_new tokens without one; its
-    slot then goes to the next in the queue.
+    slot then goes to the next in the queue. Where memory holds fewer than `batch`, agree(how many it holds) says how
+    many: processes that share a model must have equally many.
     """
     if not 0 < top_p <= 1 or temperature < 0 or max_new < 1 or n < 1:
         raise BadInput(
@@ -262,7 +266,7 @@ def stream(
     first = next(queue, None)
     if first is None:
         return
-    count = affordable(first.cache, first.cache.end + max_new + GROW, min(batch, len(prompts) * n))
+    count = agree(affordable(first.cache, first.cache.end + max_new + GROW, min(batch, len(prompts) * n)))
     slots, queue = Slots(model, count, max_new), chain([first], queue)
     while slots.fill(queue):
         for tokens in slots.draw(temperature, top_p):
