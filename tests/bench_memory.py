@@ -2,8 +2,8 @@
 
     python tests/bench_memory.py --config 70b --gpus 64 --tp 8 --rows 2 --length 2048 --recompute --json FILE
 
-The process group is fake and so are the tensors: code runs as it would on rank 0, no weight is ever made. Attention is
-the fused kernel's, which keeps no (T, T) scores, as on a GPU; every token is a target, the worst case.
+The process group is fake and so are the tensors: the code runs as it would on rank 0, and no weight is ever made. They
+say that they lie on a CPU, so the attention of a GPU is put in its place: fused kernels that keep no scores.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
-from dpo import preference_loss, sft_loss
+from dpo import collate, preference_loss, sft_loss
 from model import CONFIGS, Llama, gathered, parallelize
 
 GiB = 1 << 30
@@ -36,18 +36,21 @@ PARTS = {"Sharded Param": "weights", "Sharded Grad": "gradients", "OptState": "o
          "Inputs": "activations", "Buffer": "activations", "Total": "total"}  # fmt: skip
 
 
-class EveryTokenCounts(TorchDispatchMode):
-    """Fake tensors have no values: where a mask picks tokens it picks all, and a number that is asked for is 1."""
+class Assume(TorchDispatchMode):
+    """Fake tensors have no values: a mask picks `count` tokens, and a number that is asked for is 1."""
+
+    def __init__(self, count: int = 0):
+        super().__init__()
+        self.count = count
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         aten = torch.ops.aten
         if func is aten._local_scalar_dense.default:
             return 1.0
         if func is aten.masked_select.default:
-            return args[0].new_empty(args[1].numel())
+            return args[0].new_empty(self.count)
         if func is aten.index.Tensor and args[1][0] is not None and args[1][0].dtype == torch.bool:
-            rows = torch.empty(args[1][0].numel(), dtype=torch.long)
-            return func(args[0], [rows] * args[1][0].dim())
+            return func(args[0], [torch.empty(self.count, dtype=torch.long)] * args[1][0].dim())
         return func(*args, **(kwargs or {}))
 
 
@@ -56,10 +59,10 @@ def fused(q, k, v, mask=None):
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def peak(net, optimizer, work) -> dict[str, float]:
-    """GiB by part at the moment when work() holds most."""
+def peak(net, optimizer, work, targets: int = 0) -> dict[str, float]:
+    """GiB by part at the moment when work(), with that many target tokens, holds most."""
     tracker = FSDPMemTracker(net, optimizer)
-    with tracker, EveryTokenCounts():
+    with tracker, Assume(targets):
         work()
     (found,) = tracker.get_tracker_snapshot("peak").values()
     parts = Counter()
@@ -69,19 +72,18 @@ def peak(net, optimizer, work) -> dict[str, float]:
 
 
 def measure(cfg, mesh, rows: int, length: int, dtype=torch.bfloat16, recompute=False, cases=("sft", "dpo", "sample")):
-    """Case -> GiB by part, on rank 0: a step of SFT on `rows` rows, of DPO on as many pairs, or `rows` sampled texts
-    of `length` tokens, each of a model with its optimizer (sampling: without) on the mesh."""
-    model.attend = fused
+    """Case -> GiB by part, on rank 0: a step of SFT on `rows` rows, of DPO on as many pairs, with the optimizer, or as
+    many texts sampled, without it. Prompts have half of `length` tokens, and so have responses."""
+    model.attend, model.Rows.attend = fused, model.Rows.attend_fused
     with torch.device("meta"):
         net = Llama(cfg)
     parallelize(net, mesh, dtype, recompute)
-    found = {}
+    found, text = {}, [0] * (length // 2)
     with FakeTensorMode(allow_non_fake_inputs=True):
         net.to_empty(device="cpu")
-        tokens = torch.zeros(2 * rows, length, dtype=torch.long)
 
-        def step(loss, *tensors):
-            loss(net, *tensors)[0].backward()
+        def step(loss, responses, *more):
+            loss(net, *collate([(text,) * (1 + responses)] * rows), *more)[0].backward()
             update()
 
         def update():
@@ -91,8 +93,9 @@ def measure(cfg, mesh, rows: int, length: int, dtype=torch.bfloat16, recompute=F
 
         @torch.no_grad()
         def sample():
-            with gathered(net):  # prompts of half the length are read; the cache has room for the other half
-                net(tokens[:rows, : length // 2], net.new_cache(rows, length), readout=lambda h, head: head(h[:, -1]))
+            with gathered(net):  # the prompts are read; the cache has room for the responses
+                tokens, cache = torch.zeros(rows, len(text), dtype=torch.long), net.new_cache(rows, length)
+                net(tokens, cache, readout=lambda h, head: head(h[:, -1]))
 
         if "sample" in cases:
             parts = found["sample"] = peak(net, None, sample)
@@ -103,10 +106,11 @@ def measure(cfg, mesh, rows: int, length: int, dtype=torch.bfloat16, recompute=F
         for p in net.parameters():
             p.grad = torch.zeros_like(p)
         update()  # DTensor's first look at an operation, on whole tensors, would be counted; now it has its states, too
+        targets = rows * len(text)
         if "sft" in cases:
-            found["sft"] = peak(net, optimizer, partial(step, sft_loss, tokens[:rows], tokens[:rows]))
+            found["sft"] = peak(net, optimizer, partial(step, sft_loss, 1), targets)
         if "dpo" in cases:
-            found["dpo"] = peak(net, optimizer, partial(step, preference_loss, tokens, tokens, torch.zeros(2 * rows)))
+            found["dpo"] = peak(net, optimizer, partial(step, preference_loss, 2, torch.zeros(2 * rows)), 2 * targets)
     return found
 
 
@@ -123,7 +127,9 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--dp-replicate", type=int, default=1)
     parser.add_argument("--rows", type=int, default=1, help="rows, or pairs, that one GPU puts through at once")
-    parser.add_argument("--length", type=int, default=2048, help="tokens of each")
+    parser.add_argument(
+        "--length", type=int, default=2048, help="tokens of each, a half the prompt's, a half a response's"
+    )
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--cases", default="sft,dpo,sample")
     parser.add_argument("--json", type=Path)
