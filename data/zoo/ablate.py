@@ -286,7 +286,8 @@ def tables(rows: list[dict], seeds: list[int]) -> str:
     won, made, moved = ([[name, *cells] for name, cells in zip(names, t, strict=True)] for t in (won, made, moved))
     return "\n\n".join((
         markdown("Wins minus losses on the test prompts by the true reward, in points [95 % interval]. The full "
-                 "method's model meets the variant's of the same iteration; the last of either stands for one it has not.",
+                 "method's model meets the variant's of the same iteration; the last one stands for those that are not "
+                 "there.",
                  ["variant", "flags", "the paper", "M2 vs SFT", "full's M2 vs its", "last", "last vs SFT",
                   "full's last vs its"], won),
         markdown("The last model: true mean score (0 to 5) and tokens of its answers; pairs (or positives) of each "
