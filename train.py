@@ -2,6 +2,7 @@
 
     torchrun train.py --iters 3                                    the zoo: minutes on a laptop CPU
     torchrun --nproc-per-node 8 train.py --init LLAMA --data DATA --out RUN
+    python train.py --preset 70b --gpus 64 --plan                  what that needs, before anything starts
     python train.py --help                                         every knob
 
 Every chapter turns files of the run folder into files of the run folder, and one whose product is there is skipped.
@@ -43,11 +44,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+import dpo
 import judge
 import sample
 from dpo import collate, preference_loss, sequence_logps, sft_loss
 from model import (
+    CONFIGS,
     BadInput,
+    Llama,
+    ModelConfig,
     check_tp,
     gathered,
     load,
@@ -58,7 +63,7 @@ from model import (
     save,
     write_json,
     write_text,
-)  # fmt: skip
+)
 from sample import alpaca_rows, read_rows
 
 
@@ -111,6 +116,15 @@ class Config:
 FREE = ("out", "iters", "save_every", "tp", "dp_replicate", "recompute", "offload")  # may change between two starts
 CHUNK = 8  # batches of sequences that each process samples between two commits
 ASKED = []  # signals that have asked this process to stop; work in hand is brought to a safe end first
+
+
+# What the machine needs to hold a size of Llama 2: 7b and 13b on 8 GPUs of 80 GiB, 70b on 64. The method's knobs are
+# the paper's already, as Config's defaults. Weights are saved in float32: M_t+1 goes on from the files of M_t.
+PRESETS = {
+    "7b": {"tp": 1, "recompute": False, "micro_tokens": 8192, "sample_batch": 16},
+    "13b": {"tp": 1, "recompute": True, "micro_tokens": 8192, "sample_batch": 8},
+    "70b": {"tp": 8, "recompute": True, "micro_tokens": 8192, "sample_batch": 64},
+}
 
 
 class Stopped(Exception):
@@ -788,12 +802,17 @@ def start_processes(cfg: Config):
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # it warns of what tp cannot do in one go
-    world, whole = dist.get_world_size(), cfg.dp_replicate * cfg.tp
+    shape = (cfg.dp_replicate, check_world(cfg, dist.get_world_size()), cfg.tp)
+    return init_device_mesh(device, shape, mesh_dim_names=("replicate", "dp", "tp"))
+
+
+def check_world(cfg: Config, world: int) -> int:
+    """How many ways FSDP shards among this many processes; BadInput where they do not make whole groups."""
+    whole = cfg.dp_replicate * cfg.tp
     if world % whole:
         raise BadInput(f"{world} processes are not a multiple of {whole}, --dp-replicate {cfg.dp_replicate} times "
                        f"--tp {cfg.tp}; start another number of them or change these")  # fmt: skip
-    shape = (cfg.dp_replicate, world // whole, cfg.tp)
-    return init_device_mesh(device, shape, mesh_dim_names=("replicate", "dp", "tp"))
+    return world // whole
 
 
 def replica(cfg: Config) -> tuple[int, int]:
@@ -889,27 +908,198 @@ def progress(cfg: Config, mesh, what: str, total: int, unit: str):
         f"({counts['tokens'] / seconds:,.0f} tok/s)")  # fmt: skip
 
 
+# ---- the plan: what a run needs, before anything starts ----------------------------------------------------
+
+GiB = 1 << 30
+MACHINE = {"gpus": (int, 8, "of the machine"), "gpu_memory": (float, 80.0, "GiB of a GPU"),
+           "rate": (float, 200.0, "TFLOP/s that a GPU sustains where it trains or reads")}  # fmt: skip
+BANDWIDTH = 2e12  # bytes a second that a GPU reads while it samples: 60 % of an H100's
+RESERVE = 3 * GiB  # of a GPU, for the driver, buffers of collectives, attention masks and gaps between tensors
+SEEDS = [315] * 3200  # without ift.jsonl: the paper's rows, of 148 + 1,072 characters (Li et al. 2023)
+
+
+def parameters(shape: ModelConfig) -> tuple[int, int]:
+    """How many the model has, and how many of them one block."""
+    with torch.device("meta"):
+        net = Llama(shape)
+    return tuple(sum(p.numel() for p in part.parameters()) for part in (net, net.layers[0]))
+
+
+def passing(cfg: Config, shape: ModelConfig) -> tuple[int, int, int]:
+    """Bytes of a number in compute; bytes a token that a block keeps for backward, and that pass through at work.
+
+    Kept are: of both norms their fp32 input, the scaled and the weighted output; the masks of dropout; q, k and v with
+    as many heads, the attention's output twice; four vectors of the MLP. tp cuts what lies between columns and rows.
+    """
+    b = getattr(torch, cfg.dtype or "bfloat16").itemsize
+    kept = 2 * (4 + 2 * b + (cfg.dropout > 0)) * shape.dim + b * (5 * shape.dim + 4 * shape.ffn) // cfg.tp
+    return b, kept, b * (4 * shape.dim + 3 * shape.ffn // cfg.tp)
+
+
+def at_once(cfg: Config, shape: ModelConfig, gpus: int) -> tuple[int, bool]:
+    """Most tokens that a GPU puts through the model at once in training, and whether an update takes several goes."""
+    pair = min(shape.max_len, cfg.max_prompt + 10 + cfg.max_response) + cfg.max_response  # the prompt stands there once
+    longest = max(shape.max_len, pair)
+    mine = -(-cfg.batch * cfg.tp // gpus) * longest
+    room = max(cfg.micro_tokens or 16384, longest)
+    return min(mine, room), mine > room
+
+
+def training_memory(cfg: Config, shape: ModelConfig, gpus: int, tokens: int, more: bool) -> dict[str, float]:
+    """Bytes a GPU by part in the worse of two moments: backward begins, with all activations (and, if there are `more`
+    micro-batches than one, gradients), or it ends, with all gradients and the activations of one block."""
+    (n, block), (b, kept, work) = parameters(shape), passing(cfg, shape)
+    held = 0 if cfg.offload else n * cfg.dp_replicate / gpus
+    fixed = {"weights": 4 * held, "optimizer": 8 * held,
+             "gathered": b * (n - (shape.layers - 2) * block) / cfg.tp,  # two blocks, embedding and head
+             "gradients in flight": 4 * block / cfg.tp}  # of a block, in fp32 for the reduction  # fmt: skip
+    inputs = tokens * (shape.layers * b * shape.dim + kept if cfg.recompute else shape.layers * kept)
+    logits = min(dpo.CHUNK, tokens * shape.vocab_size) * (12 + 2 * b) + tokens * (4 + 3 * b) * shape.dim
+    begins = fixed | {"gradients": 4 * held * more, "activations": inputs + tokens * work, "logits": logits}
+    ends = fixed | {"gradients": 4 * held, "activations": tokens * (kept + work), "logits": 0}
+    return max(begins, ends, key=lambda parts: sum(parts.values()))
+
+
+def sampling_memory(cfg: Config, shape: ModelConfig, gpus: int, rows: int, length: int) -> dict[str, float]:
+    """Bytes a GPU by part while `rows` texts of `length` tokens are written side by side, all read in one go."""
+    (n, _), (b, _, work) = parameters(shape), passing(cfg, shape)
+    tokens = rows * length
+    return {"weights": 0 if cfg.offload else 4 * n * cfg.dp_replicate / gpus, "gathered": b * n / cfg.tp,
+            "KV cache": 2 * b * shape.layers * shape.kv_heads * shape.head_dim * tokens / cfg.tp,
+            "activations": tokens * work}  # fmt: skip
+
+
+def seed_sizes(cfg: Config, tok=None) -> dict[str, list[int]]:
+    """Tokens of each row of the data folder: by the tokenizer, or without one 4 characters a token and the format's 10.
+
+    Rows that the run itself makes of eft_ranked.jsonl count as empty ones here: `workload` knows how long they may be.
+    """
+    data = Path(cfg.data)
+    if not data.is_dir():
+        raise BadInput(f"{data}: no such folder; --data names a folder with ift.jsonl, judge.txt and propose.txt")
+    path = Path(cfg.judge_template or data / "judge.txt")
+    template = path.read_text(encoding="utf-8") if path.exists() else ""
+
+    def rows(name, *keys):
+        return read_rows(data / name, "prompt", *keys) if (data / name).exists() else []
+
+    def size(prompt, response):
+        return len(tok.chat(prompt) + tok.response(response)) if tok else len(prompt + response) // 4 + 10
+
+    eft = [size(judge.judge_prompt(template, r["prompt"], r["response"]), r["judgement"])
+           for r in rows("eft.jsonl", "response", "judgement")]  # fmt: skip
+    return {
+        "ift": [size(r["prompt"], r["response"]) for r in rows("ift.jsonl", "response")] or SEEDS,
+        "eft": (eft or [0] * cfg.eft_size * (data / "eft_ranked.jsonl").exists()) if cfg.eft_size else [],
+        "template": [size(template, "")],
+    }
+
+
+def workload(cfg: Config, shape: ModelConfig, sizes: dict[str, list[int]]) -> dict[str, dict[str, int]]:
+    """Model -> tokens to train on, to sample and to read (no backward pass) for it, if every text is as long as it may
+    be, every prompt gives a pair and no request for one fails. Left out: what requests read, EFT's making, exams."""
+    written, answer, grade = (min(n, shape.max_len // 2) for n in (cfg.max_prompt, cfg.max_response, cfg.max_judgement))
+    asked = written + 10  # with the chat format
+    judged = min(shape.max_len - grade, sum(sizes["template"]) + written + answer)
+    ift, eft = sum(sizes["ift"]), sum(n or judged + grade for n in sizes["eft"])
+    todo = {name: {"trained": cfg.sft_epochs * rows, "sampled": 0, "read": 0}
+            for name, rows in (("SFT", ift), ("M1", ift + eft))}  # fmt: skip
+    counts = [int(n) for n in cfg.prompts.split(",")]
+    for t in range(1, cfg.iters):
+        prompts = counts[min(t, len(counts)) - 1]
+        pairs = prompts * (asked + 2 * answer)
+        todo[f"M{t + 1}"] = {
+            "trained": cfg.dpo_epochs * pairs,
+            "sampled": prompts * (written + cfg.candidates * (answer + cfg.votes * grade)),
+            "read": prompts * (asked + cfg.candidates * judged) + pairs,  # the pairs for the reference's column
+        }
+    return todo
+
+
+def plan(cfg: Config, shape: ModelConfig, machine: dict, sizes: dict[str, list[int]]) -> dict:
+    """Bytes a GPU by phase and part, tokens and hours by model, bytes on disk by kind. Starts and reads nothing.
+
+    Training takes 6 operations a parameter and token (8 with recomputation), reading 2 (Kaplan et al. 2020, section
+    2.1). To sample a token of each sequence takes the time to read the weights and half of a full cache.
+    """
+    if min(machine.values()) <= 0:
+        raise BadInput("--gpus, --gpu-memory and --rate are more than 0")
+    gpus, (n, _) = machine["gpus"], parameters(shape)
+    check_world(cfg, gpus)
+    check_tp(shape, cfg.tp, cfg.init or "--preset")
+    training = training_memory(cfg, shape, gpus, *at_once(cfg, shape, gpus))
+    sampling = sampling_memory(cfg, shape, gpus, cfg.sample_batch, shape.max_len)
+    token = (sampling["gathered"] + sampling["KV cache"] / 2) / BANDWIDTH / (cfg.sample_batch * gpus // cfg.tp)
+    todo = workload(cfg, shape, sizes)
+    for work in todo.values():
+        products = ((8 if cfg.recompute else 6) * work["trained"] + 2 * work["read"]) * n
+        work["hours"] = (products / (gpus * machine["rate"] * 1e12) + work["sampled"] * token) / 3600
+    return {
+        "memory": {"training": training | {"reserve": RESERVE}, "sampling": sampling | {"reserve": RESERVE}},
+        "rows": {name: (len(rows), sum(rows) // max(1, len(rows))) for name, rows in sizes.items()},
+        "models": todo,
+        "disk": {f"{cfg.iters + 1} models": (cfg.iters + 1) * n * getattr(torch, cfg.save_dtype).itemsize,
+                 "2 checkpoints": 2 * 12 * n},  # weights, two moments in fp32; one there, one being saved
+    }  # fmt: skip
+
+
+def show_plan(cfg: Config, machine: dict, found: dict):
+    """Print the plan; BadInput, with the remedy, if it does not fit."""
+    room = machine["gpu_memory"]
+    for phase, parts in found["memory"].items():
+        shown = ", ".join(f"{part} {size / GiB:.1f}" for part, size in parts.items())
+        log(f"{phase}: {sum(parts.values()) / GiB:.1f} of {room:g} GiB a GPU: {shown}")
+    log("rows: " + ", ".join(f"{name} {n:,} of {mean:,} tokens" for name, (n, mean) in found["rows"].items()))
+    rows = [(name, *(f"{work[k]:,}" for k in ("trained", "sampled", "read")), work["hours"])
+            for name, work in found["models"].items()]  # fmt: skip
+    title = (f"tokens at most, and hours at {machine['gpus']} GPUs of {machine['rate']:g} TFLOP/s sustained, "
+             f"{BANDWIDTH / 1e12:g} TB/s while they sample: {sum(row[-1] for row in rows):.1f} in all")  # fmt: skip
+    log(judge.table(title, ["", "trained", "sampled", "read", "hours"], rows))
+    log("disk: " + ", ".join(f"{what} {size / GiB:,.1f} GiB" for what, size in found["disk"].items()))
+    remedies = {"training": "--recompute, --offload, a smaller --micro-tokens", "sampling": "a smaller --sample-batch"}
+    for phase, parts in found["memory"].items():
+        if (needs := sum(parts.values()) / GiB) > room:
+            raise BadInput(f"{phase} needs {needs:.1f} GiB of {room:g} a GPU: try a larger --tp, more --gpus, "
+                           f"{remedies[phase]}")  # fmt: skip
+
+
 # ---- flags -------------------------------------------------------------------------------------------------
 
 
-def parse_args(argv: list[str] | None = None) -> Config:
-    """Config's fields are the flags, and the comment behind a field is its help."""
+def parse_flags(argv: list[str] | None = None) -> dict:
+    """What the command line gives. Config's fields are flags, and the comment behind a field is its help."""
     source = inspect.getsource(Config)
     helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
-    parser = argparse.ArgumentParser(description="Self-Rewarding Language Models: M0 -> M1 -> M2 -> M3.")
+    parser = argparse.ArgumentParser(description="Self-Rewarding Language Models: M0 -> M1 -> M2 -> M3.",
+                                     argument_default=argparse.SUPPRESS)  # fmt: skip
     for f in fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        parser.add_argument("--" + f.name.replace("_", "-"), help=f"{helps[f.name]} ({f.default!r})",
-                            default=argparse.SUPPRESS, **kind)  # fmt: skip
-    given = vars(parser.parse_args(argv))
+        parser.add_argument("--" + f.name.replace("_", "-"), help=f"{helps[f.name]} ({f.default!r})", **kind)
+    parser.add_argument("--preset", choices=PRESETS, help="knobs of the machine for this size of Llama 2; flags "
+                        "override them")  # fmt: skip
+    parser.add_argument("--plan", action="store_true", help="print memory, tokens, hours and disk, and start nothing")
+    for name, (kind, value, what) in MACHINE.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, help=f"of --plan: {what} ({value!r})")
+    return vars(parser.parse_args(argv))
+
+
+def parse_args(argv: list[str] | None = None) -> Config:
+    """Config, overridden by the data folder's recipe.json, that by a preset, and that by flags."""
+    given, knobs = parse_flags(argv), Config.__dataclass_fields__
     path = Path(given.get("data", Config.data)) / "recipe.json"
     recipe = read_json(path) if path.exists() else {}
     for key, value in recipe.items():
-        kind = Config.__dataclass_fields__[key].type if key in helps else None
+        kind = knobs[key].type if key in knobs else None
         fits = isinstance(value, (int, float) if kind is float else kind or ())
         if not fits or isinstance(value, bool) != (kind is bool):
             raise BadInput(f"{path}: {key!r}: {value!r} is no knob or has the wrong type; see train.py --help")
-    return checked(replace(Config(), **recipe | given))
+    preset = {"init": ""} | PRESETS[given["preset"]] if "preset" in given else {}  # the zoo's base is no Llama 2
+    cfg = checked(replace(Config(), **recipe | preset | {k: v for k, v in given.items() if k in knobs}))
+    if not (cfg.init or "plan" in given and "preset" in given):
+        raise BadInput(
+            "--init names the folder of the pretrained checkpoint, M0; only --preset SIZE --plan goes without"
+        )
+    return cfg
 
 
 def checked(cfg: Config) -> Config:
@@ -947,7 +1137,11 @@ def command(argv: list[str] | None = None):
     rank, code = int(os.environ.get("RANK", 0)), 0
     error = f"error on process {rank}:" if rank else "error:"
     try:
-        cfg = parse_args(argv)
+        cfg, given = parse_args(argv), parse_flags(argv)
+        if "plan" in given:
+            machine = {name: given.get(name, value) for name, (_, value, _) in MACHINE.items()}
+            shape, tok, _ = read_shape(cfg.init) if cfg.init else (CONFIGS[given["preset"]], None, None)
+            return show_plan(cfg, machine, plan(cfg, shape, machine, seed_sizes(cfg, tok)))
         main(cfg)
     except Stopped:
         log(f"stopped; all that was finished is in {cfg.out}: the same command goes on")
