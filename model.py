@@ -87,39 +87,58 @@ def rms_norm(x, weight, eps: float):
 
 
 def rope_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotary angles, (B, T) positions -> cos and sin, each (B, 1, T, hd/2) in fp32.
+    """Rotary angles, (B, T) positions -> cos and sin as `rotate` wants them, each (B, 1, T, hd) in fp32.
 
     Computed from the positions at every forward pass: there is no buffer that a precision policy could round.
     """
     freqs = theta ** -(torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)  # (hd/2,)
     angles = positions[:, None, :, None].float() * freqs  # (B, 1, T, hd/2)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x, cos, sin):
     """Turn the pairs (i, i + hd/2) of x (B, n, T, hd) by their angles: the half layout of Hugging Face files."""
-    lo, hi = x.float().chunk(2, dim=-1)
-    return torch.cat((lo * cos - hi * sin, hi * cos + lo * sin), dim=-1).type_as(x)
+    h = x.float()
+    return torch.addcmul(h * cos, h.roll(x.shape[-1] // 2, dims=-1), sin).type_as(x)
 
 
-def attend(q, k, v, mask=None):
+def attend(q, k, v, mask=None, head=None):
     """Softmax attention: q (B, H, T, hd), k and v (B, K, S, hd) -> (B, H, T, hd).
 
-    mask: (B, T, S), True where a query may look; None means causal. On CPU plain matrix products are faster than
-    the fused kernel at the sizes that a CPU can train, with the query heads of one group as rows of one product.
+    mask: (B, T, S), True where a query may look; None means causal. head: keys (K, hd, P) and values (K, P, hd) that
+    all rows look at first. On CPU plain matrix products are faster than the fused kernel at the sizes that a CPU can
+    train, with the query heads of one group as rows of one product; on a GPU they are when T is 1.
     """
     B, H, T, hd = q.shape
     K, S = k.shape[1:3]
-    if q.is_cuda:
-        mask = None if mask is None else mask[:, None]
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=H != K)
+    if q.is_cuda and T > 1:
+        return attend_fused(q, k, v, mask, head)
     if mask is None:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()[None]  # (1, T, S)
-    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
-    scores = (q * hd**-0.5).reshape(B, K, H // K * T, hd) @ k.transpose(2, 3)  # (B, K, H/K * T, S)
-    scores = scores.view(B, K, H // K, T, S) + bias[:, None, None]
-    weights = scores.softmax(dim=-1, dtype=torch.float32).type_as(v).view(B, K, H // K * T, S)
-    return (weights @ v).view(B, H, T, hd)
+    q = (q * hd**-0.5).reshape(B, K, H // K * T, hd)
+    scores = (q @ k.transpose(2, 3)).view(B, K, H // K, T, S).masked_fill_(~mask[:, None, None], float("-inf"))
+    scores = scores.view(B, K, H // K * T, S)
+    if head is not None:  # one product for all rows, which reads the shared keys once
+        shared = q.transpose(0, 1).reshape(K, -1, hd) @ head[0]  # (K, B * H/K * T, P)
+        scores = torch.cat((shared.view(K, B, H // K * T, -1).transpose(0, 1), scores), dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).type_as(v)
+    out = weights[..., -S:] @ v
+    if head is not None:
+        shared = weights[..., :-S].transpose(0, 1).reshape(K, B * H // K * T, -1) @ head[1]
+        out = out + shared.view(K, B, H // K * T, hd).transpose(0, 1)
+    return out.view(B, H, T, hd)
+
+
+def attend_fused(q, k, v, mask=None, head=None):
+    """The same by PyTorch's fused kernel, which never holds the (T, S) weights."""
+    if head is not None:
+        k = torch.cat((head[0].mT.expand(len(k), -1, -1, -1), k), dim=2)
+        v = torch.cat((head[1].expand(len(v), -1, -1, -1), v), dim=2)
+        mask = F.pad(mask, (k.shape[2] - mask.shape[2], 0), value=True)
+    k = k if k.stride(-1) == 1 else k.contiguous()  # those of a cache are transposed
+    mask = None if mask is None else mask[:, None]
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
 
 
 @functools.cache
@@ -195,44 +214,59 @@ class Rows:
 
 
 class KVCache:
-    """Keys and values of `rows` sequences, all layers. Row b holds `length[b]` tokens in its first slots.
+    """Keys and values of some rows, all layers. Row b lies in the columns from start[b] to `end`: all end together.
 
-    Right-padded prompts leave rubbish behind their end; nothing looks there (the mask stops at a query's own
-    position) and the next token of the row overwrites it.
+    So a step writes one column and not one place a row. Before its start a row holds rubbish that nothing looks at.
+    `head` is a cache of one row which all rows go on from: what they have in common, held and read once. Keys are
+    kept as (B, K, hd, columns), as the products of a step want them.
     """
 
-    def __init__(self, layers: int, rows: int, capacity: int, device=None):
-        self.capacity = capacity
-        self.length = torch.zeros(rows, dtype=torch.long, device=device)
-        self.used = 0  # max(length) as a plain number, so that no step asks the device for it
-        self.k: list[torch.Tensor | None] = [None] * layers  # (B, K, capacity, hd)
-        self.v: list[torch.Tensor | None] = [None] * layers
+    def __init__(self, layers: int, rows: int, columns: int, device=None, head: "KVCache | None" = None):
+        self.columns, self.head, self.end = columns, head, 0
+        self.start = torch.zeros(rows, dtype=torch.long, device=device)
+        self.k: list[torch.Tensor | None] = [None] * layers  # (B, K, hd, columns)
+        self.v: list[torch.Tensor | None] = [None] * layers  # (B, K, columns, hd)
 
-    def put(self, layer: int, k, v, positions):
-        """Store k and v (B, K, T, hd) at `positions` (B, T); return all keys and values so far (B, K, S, hd)."""
+    def look(self, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next T columns: their tokens' positions (B, T), and which columns these may look at (B, T, columns)."""
+        columns = torch.arange(self.columns, device=self.start.device)
+        own = columns[self.end : self.end + T]
+        first = torch.minimum(self.start[:, None], own)  # padding sees itself: to see nothing is to be NaN
+        mask = (columns >= first[..., None]) & (columns <= own[:, None])
+        return own - self.start[:, None] + (self.head.end if self.head else 0), mask
+
+    def put(self, layer: int, k, v):
+        """Store k and v (B, K, T, hd) in the next columns; return those of all columns (B, K, columns, hd)."""
         if self.k[layer] is None:
-            shape = (*k.shape[:2], self.capacity, k.shape[3])
-            self.k[layer], self.v[layer] = k.new_zeros(shape), v.new_zeros(shape)
-        rows = torch.arange(len(k), device=k.device)[:, None]  # (B, 1)
-        end = self.used + k.shape[2]
-        for store, new in ((self.k[layer], k), (self.v[layer], v)):
-            store[rows, :, positions] = new.transpose(1, 2)  # indices (B, T) on both sides of the slice
-        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+            B, K, _, hd = k.shape
+            self.k[layer], self.v[layer] = k.new_zeros(B, K, hd, self.columns), v.new_zeros(B, K, self.columns, hd)
+        at = slice(self.end, self.end + k.shape[2])
+        self.k[layer][..., at] = k.transpose(2, 3)
+        self.v[layer][:, :, at] = v
+        return self.k[layer].transpose(2, 3), self.v[layer]
 
-    def advance(self, count: torch.Tensor, most: int):
-        """`count` (B,) real tokens were read, at most `most` in a row."""
-        self.length = self.length + count
-        self.used += most
+    def resize(self, rows, width: int, columns: int):
+        """Keep `rows` (an index or a slice) and the last `width` columns, and have room for `columns`."""
+        kept = slice(self.end - width, self.end)
+        for i, (k, v) in enumerate(zip(self.k, self.v, strict=True)):
+            self.k[i] = k.new_empty(len(self.start[rows]), *k.shape[1:3], columns)
+            self.v[i] = v.new_empty(len(self.start[rows]), v.shape[1], columns, v.shape[3])
+            self.k[i][..., :width], self.v[i][:, :, :width] = k[..., kept][rows], v[:, :, kept][rows]
+            self.k[i][..., width:], self.v[i][:, :, width:] = 0, 0
+        self.start = (self.start[rows] - kept.start).clamp(min=0)
+        self.columns, self.end = columns, width
 
-    def rows(self, index: torch.Tensor, capacity: int | None = None) -> "KVCache":
-        """A cache whose row i is a copy of our row index[i]: to drop, repeat or spread rows."""
-        new = KVCache(len(self.k), len(index), capacity or self.capacity, self.length.device)
-        new.length, new.used = self.length[index], self.used
-        for mine, theirs in ((self.k, new.k), (self.v, new.v)):
-            for i, old in enumerate(mine):
-                theirs[i] = old.new_zeros(len(index), old.shape[1], new.capacity, old.shape[3])
-                theirs[i][:, :, : self.used] = old[index, :, : self.used]
-        return new
+    def replace(self, rows: torch.Tensor, other: "KVCache", index: torch.Tensor):
+        """Our `rows` become copies of the other cache's rows `index`, which are not longer than the longest of ours."""
+        width = min(self.end, other.end)
+        ours, theirs = slice(self.end - width, self.end), slice(other.end - width, other.end)
+        for i, (k, v) in enumerate(zip(other.k, other.v, strict=True)):
+            if self.k[i] is None:
+                self.k[i] = k.new_zeros(len(self.start), *k.shape[1:3], self.columns)
+                self.v[i] = v.new_zeros(len(self.start), v.shape[1], self.columns, v.shape[3])
+            self.k[i][rows, ..., ours] = k[index][..., theirs]
+            self.v[i][rows, :, ours] = v[index][:, :, theirs]
+        self.start[rows] = other.start[index] + self.end - other.end
 
 
 class Attention(nn.Module):
@@ -245,19 +279,20 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(cfg.heads * cfg.head_dim, cfg.dim, bias=False)
 
     def forward(self, x, rope, cache=None, rows=None):
-        """x (B, T, D) -> (B, T, D). cache: (KVCache, layer, positions, mask), or None when training; rows: Rows."""
+        """x (B, T, D) -> (B, T, D). cache: (KVCache, layer, mask), or None when training; rows: Rows."""
         B, T, _ = x.shape
         q, k, v = (
             proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H or K, T, hd)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k, mask = rotate(q, *rope), rotate(k, *rope), None
+        q, k, mask, head = rotate(q, *rope), rotate(k, *rope), None, None
         if rows is not None:
             return self.o_proj(rows.attend(q, k, v).transpose(1, 2).reshape(B, T, -1))
         if cache is not None:
-            store, layer, positions, mask = cache
-            k, v = store.put(layer, k, v, positions)  # (B, K, S, hd)
-        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
+            store, layer, mask = cache
+            k, v = store.put(layer, k, v)  # (B, K, S, hd)
+            head = store.head and (store.head.k[layer][0], store.head.v[layer][0])
+        return self.o_proj(attend(q, k, v, mask, head).transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -306,27 +341,27 @@ class Llama(nn.Module):
     def forward(self, tokens, cache: KVCache | None = None, readout=None, layout=None):
         """tokens (B, T) -> fp32 logits (B, T, V).
 
-        With a cache the tokens continue its rows, each at its own position. With a layout (see Rows) the tokens (1, T)
-        are many rows end to end. `readout(hidden, head)` replaces the logits by what the caller needs of them; it
-        runs inside forward, where FSDP has the head at hand.
+        With a cache the tokens continue its rows. With a layout (see Rows) the tokens (1, T) are many rows end to end.
+        `readout(hidden, head)` replaces the logits by what the caller needs of them; it runs inside forward, where
+        FSDP has the head at hand.
         """
+        T, mask = tokens.shape[1], None
         rows = None if layout is None else Rows(layout, tokens.device)
-        start = torch.zeros(1, dtype=torch.long, device=tokens.device) if cache is None else cache.length
-        positions = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)  # (B or 1, T)
-        positions = positions if rows is None else rows.positions
-        rope = rope_tables(positions, self.cfg.head_dim, self.cfg.rope_theta)
-        mask = None
         if cache is not None:
-            slots = torch.arange(cache.used + tokens.shape[1], device=tokens.device)  # (S,)
-            mask = slots <= positions[:, :, None]  # (B, T, S)
+            positions, mask = cache.look(T)  # (B, T), (B, T, S)
+        else:
+            positions = torch.arange(T, device=tokens.device)[None] if rows is None else rows.positions  # (1, T)
+        rope = rope_tables(positions, self.cfg.head_dim, self.cfg.rope_theta)
         x = self.embed_tokens(tokens)  # (B, T, D)
         for i, block in enumerate(self.layers):
-            x = block(x, rope, None if cache is None else (cache, i, positions, mask), rows)
+            x = block(x, rope, None if cache is None else (cache, i, mask), rows)
+        if cache is not None:
+            cache.end += T
         x = self.norm(x)
         return self.lm_head(x).float() if readout is None else readout(x, self.lm_head)
 
-    def new_cache(self, rows: int, capacity: int) -> KVCache:
-        return KVCache(self.cfg.layers, rows, capacity, self.embed_tokens.weight.device)
+    def new_cache(self, rows: int, columns: int, head: KVCache | None = None) -> KVCache:
+        return KVCache(self.cfg.layers, rows, columns, self.embed_tokens.weight.device, head)
 
 
 # ---- text <-> ids, and the one chat format -----------------------------------------------------------------

@@ -11,7 +11,9 @@ What is common to prompts is computed once: the ids that all prompts begin with 
 call, a prompt for its n samples. Every sample draws from random numbers of its own, keyed by what it is (seed,
 stage, prompt id, sample index), so batch order and number of processes change nothing.
 
-Left out: beam search, repetition penalties, continuous batching (a finished row leaves, none takes its place yet).
+A finished sample's place goes to the next in the queue at once, so no step is spent on texts that have ended.
+
+Left out: beam search, repetition penalties; on a GPU paged caches and CUDA graphs, which nobody could try here yet.
 """
 
 import argparse
@@ -23,16 +25,18 @@ import re
 import string
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from itertools import chain, product
+from itertools import chain, groupby, islice, product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from model import BadInput, Llama, Tokenizer, load, read_json, write_text
+from model import BadInput, KVCache, Llama, Tokenizer, load, quick_products, read_json, write_text
 
 # ---- one token ---------------------------------------------------------------------------------------------
 
@@ -43,41 +47,188 @@ def uniforms(key: tuple, count: int) -> torch.Tensor:
     return torch.rand(count, generator=torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1))
 
 
-def check_finite(values):
-    """values (B, n): BadInput where a row holds NaN or infinity."""
-    bad = (~values.isfinite().all(-1)).nonzero().flatten().tolist()
-    if bad:
-        raise BadInput(f"the model's logits are not finite (rows {bad[:5]}); its weights are damaged")
+TRIES = 4  # random numbers that a token may take
 
 
-def pick(logits, u, temperature: float, top_p: float, slice_size: int = 64):
-    """One token a row by inverting the cumulative distribution: logits (B, V) and u (B,) in [0, 1) -> ids (B,).
+def draw(weights, u):
+    """One place a row, as likely as its weight: weights (B, V) and u (B,) in [0, 1) -> (B,)."""
+    cumulative = weights.cumsum(-1)
+    total = cumulative[:, -1:].contiguous()
+    place = torch.searchsorted(cumulative, u[:, None] * total, right=True)
+    place = torch.minimum(place, torch.searchsorted(cumulative, total))  # rounding may not pass the last one
+    return place.clamp(max=weights.shape[-1] - 1).squeeze(-1)  # nor may NaN
 
-    Top-p keeps the most likely tokens up to and including the one that crosses p, as Llama's released sampler
-    does. The nucleus is sought among the `slice_size` most likely tokens; only where these do not hold a mass of
-    p is the vocabulary sorted. Temperature 0 is greedy. Raises BadInput where logits are not finite.
+
+def nucleus(probs, top_p: float):
+    """probs (B, V) with 0 for all but the most likely tokens, up to and including the one that crosses p."""
+    top = probs.sort(dim=-1, descending=True).values
+    kept = (top.cumsum(-1) - top < top_p).sum(-1, keepdim=True).clamp(min=1)
+    return probs.masked_fill(probs < top.gather(-1, kept - 1), 0)
+
+
+def pick(logits, u, temperature: float, top_p: float):
+    """One token a row: logits (B, V) and u (B, TRIES) in [0, 1) -> ids (B,), -1 where logits are not finite.
+
+    Top-p keeps the most likely tokens up to and including the one that crosses p, as Llama's released sampler does,
+    and those as likely as that one. To find them is to sort the vocabulary, so a row draws from all tokens first: if
+    those more likely than its token hold p already, it was not in the nucleus and the row draws again. Only rows that
+    fail in all tries but the last are sorted. Temperature 0 is greedy.
     """
     if temperature == 0:
         most, ids = logits.max(-1)
-        check_finite(most[:, None])
-        return ids
+        return ids.masked_fill(~most.isfinite(), -1)
     probs = (logits / temperature).softmax(-1)
-    if top_p == 1:  # all tokens, in any order
-        check_finite(probs[:, :1])  # softmax spreads one bad logit over its whole row
-        top, ids = probs, torch.arange(probs.shape[-1], device=probs.device).expand_as(probs)
+    finite = probs[:, 0].isfinite()  # softmax spreads one bad logit over its whole row
+    if top_p == 1 or probs.is_cuda:  # where sorting is cheap, and asking who must be sorted is not
+        ids = draw(probs if top_p == 1 else nucleus(probs, top_p), u[:, 0])
     else:
-        top, ids = probs.topk(min(slice_size, probs.shape[-1]))  # (B, slice), most likely first
-        if not (top.sum(-1) >= top_p).all():
-            check_finite(probs[:, :1])
-            top, ids = probs.sort(dim=-1, descending=True)
-        top = top * (top.cumsum(-1) - top < top_p)
-    cumulative = top.cumsum(-1)
-    total = cumulative[:, -1:]
-    passed = (cumulative <= u[:, None] * total) & (cumulative < total)  # the last kept token cannot be passed
-    return ids.gather(-1, passed.sum(-1, keepdim=True)).squeeze(-1)
+        ids, rest = torch.empty(len(u), dtype=torch.long), torch.arange(len(u))
+        for i in range(TRIES):
+            probs = probs if i + 1 < TRIES else nucleus(probs, top_p)
+            ids[rest] = draw(probs, u[rest, i])
+            above = (probs * (probs > probs.gather(-1, ids[rest, None]))).sum(-1)
+            rest, probs = rest[above >= top_p], probs[above >= top_p]
+            if not len(rest):
+                break
+    return ids.masked_fill(~finite, -1)
 
 
 # ---- many texts --------------------------------------------------------------------------------------------
+
+PIECE = 4096  # most prompt tokens that are put through the model at once
+SHARED = 16  # a beginning of as many tokens that all prompts have in common is computed and kept once
+GROW = 32  # columns that are added to a full cache
+LOOK = 8  # steps between two looks at the tokens on a GPU, where a look waits for the device
+
+
+def forward(model: Llama, tokens, cache: KVCache):
+    """tokens (B, T), the next ones of the cache's rows -> logits (B, V) of what follows them."""
+    with quick_products(tokens.numel()):
+        return model(tokens, cache, readout=lambda h, head: head(h[:, -1]).float())
+
+
+def read(model: Llama, texts: list[list[int]], head: KVCache | None = None):
+    """Put texts through the model, behind what they have in common: the cache they leave, and logits (B, V)."""
+    width, device = max(map(len, texts)), model.embed_tokens.weight.device
+    tokens = torch.zeros(len(texts), width, dtype=torch.long)
+    for b, ids in enumerate(texts):
+        tokens[b, width - len(ids) :] = torch.tensor(ids)
+    cache = model.new_cache(len(texts), width, head)
+    cache.start += torch.tensor([width - len(ids) for ids in texts], device=device)
+    step = max(1, PIECE // len(texts))
+    for at in range(0, width, step):
+        logits = forward(model, tokens[:, at : at + step].to(device), cache)
+    return cache, logits
+
+
+class Arrival(NamedTuple):
+    """A sample whose prompt has been read."""
+
+    row: int
+    cache: KVCache
+    index: int  # its row there
+    logits: torch.Tensor  # (V,), of its first token
+    u: torch.Tensor  # (max_new, TRIES), the random numbers of all its tokens
+
+
+def arrivals(model: Llama, prompts, keys, n: int, max_new: int) -> Iterator[Arrival]:
+    """All samples. Prompts are read when their turn comes, longest first: whoever comes later needs fewer columns."""
+    common = os.path.commonprefix(prompts)  # works on lists of ids as it does on strings
+    common = common[: min(map(len, prompts), default=0) - 1]  # each prompt keeps a token of its own to read logits from
+    head = read(model, [common])[0] if len(common) >= SHARED and len(prompts) * n > 1 else None
+    skip, at, order = len(common) if head else 0, 0, sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    while at < len(order):
+        group = order[at : at + max(1, PIECE // (len(prompts[order[at]]) - skip))]
+        cache, logits = read(model, [prompts[i][skip:] for i in group], head)
+        for b, i in enumerate(group):
+            for k in range(n):
+                yield Arrival(i * n + k, cache, b, logits[b], uniforms((*keys[i], k), TRIES * max_new).view(-1, TRIES))
+        at += len(group)
+
+
+def affordable(cache: KVCache, columns: int, rows: int) -> int:
+    """As many of `rows` rows of `columns` columns as half of the free memory holds; at least one."""
+    device = cache.start.device
+    if device.type == "cuda":  # what torch has cached is free as well
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    elif os.path.exists("/proc/meminfo"):  # and so are the system's copies of files
+        with open("/proc/meminfo") as f:
+            free = int(re.search(r"MemAvailable:\s*(\d+)", f.read())[1]) * 1024
+    else:
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    column = sum(t.nbytes for t in (*cache.k, *cache.v)) / (len(cache.start) * cache.columns)
+    fit = max(1, int(free / 2 / (column * columns)))
+    if fit < rows:
+        warnings.warn(f"memory holds keys and values of {fit} samples side by side, not {rows}", stacklevel=3)
+    return min(fit, rows)
+
+
+class Slots:
+    """Samples in the making, side by side: slot s is row s of the cache, of the logits and of the random numbers."""
+
+    def __init__(self, model: Llama, count: int, max_new: int):
+        device = model.embed_tokens.weight.device
+        self.model, self.cache, self.max_new = model, None, max_new
+        self.rows, self.said = [None] * count, [0] * count  # whose slot it is (None: free), how many tokens it has
+        self.logits = torch.zeros(count, model.cfg.vocab_size, device=device)  # of the next token
+        self.u = torch.zeros(count, max_new, TRIES, device=device)
+        self.at = torch.zeros(count, dtype=torch.long, device=device)  # the next of these
+
+    def taken(self) -> list[int]:
+        return [s for s, row in enumerate(self.rows) if row is not None]
+
+    def fill(self, queue: Iterator[Arrival]) -> bool:
+        """Free slots go to the queue, or are dropped when it is empty, once they are worth the trouble."""
+        free = [s for s, row in enumerate(self.rows) if row is None]
+        if 16 * len(free) > len(self.rows):
+            new = list(islice(queue, len(free)))
+            if new and len(free) == len(self.rows):  # nobody's columns are in use
+                self.cache = self.model.new_cache(len(free), new[0].cache.end + GROW, new[0].cache.head)
+                self.cache.end = new[0].cache.end
+            for source, group in groupby(new, key=lambda arrival: arrival.cache):
+                group = list(group)
+                self.admit(free[: len(group)], source, group)
+                free = free[len(group) :]
+            if not new and 8 * len(free) > len(self.rows):
+                self.keep(self.taken())
+        return bool(self.rows)
+
+    def admit(self, slots: list[int], source: KVCache, new: list[Arrival]):
+        to = torch.tensor(slots, device=self.at.device)
+        self.cache.replace(to, source, torch.tensor([a.index for a in new], device=to.device))
+        self.logits[to] = torch.stack([a.logits for a in new])
+        self.u[to], self.at[to] = torch.stack([a.u for a in new]).to(to.device), 0
+        for s, a in zip(slots, new, strict=True):
+            self.rows[s], self.said[s] = a.row, 0
+
+    def keep(self, slots: list[int]):
+        """Go on with these slots only."""
+        index = torch.tensor(slots, dtype=torch.long, device=self.at.device)
+        self.rows, self.said = [self.rows[s] for s in slots], [self.said[s] for s in slots]
+        self.logits, self.u, self.at = self.logits[index], self.u[index], self.at[index]
+        if slots:
+            width = self.cache.end - int(self.cache.start[index].min())
+            self.cache.resize(index, width, width + GROW)
+
+    def step(self):
+        """One token more behind what was drawn last: new logits."""
+        if self.cache.end == self.cache.columns:
+            width = self.cache.end - int(self.cache.start[self.taken()].min())  # of those in use
+            self.cache.resize(slice(None), width, width + GROW)
+        self.logits = forward(self.model, self.drawn.clamp(min=0)[:, None], self.cache)
+
+    def draw(self, temperature: float, top_p: float) -> list[list[int]]:
+        """The next tokens of all slots: those of one step, or on a GPU of several."""
+        steps = min(LOOK, self.max_new - max(self.said[s] for s in self.taken())) if self.at.is_cuda else 1
+        tokens = []
+        for i in range(steps):
+            if i:
+                self.step()
+            u = self.u[torch.arange(len(self.u), device=self.u.device), self.at.clamp(max=self.max_new - 1)]
+            self.drawn = pick(self.logits, u, temperature, top_p)
+            self.at += 1
+            tokens.append(self.drawn)
+        return torch.stack(tokens).tolist()
 
 
 @torch.no_grad()  # also while the consumer of this generator is at work: it is restored at every yield
@@ -92,10 +243,13 @@ def stream(
     temperature: float = 0.7,
     top_p: float = 0.9,
     batch: int = 256,
+    agree: Callable[[int], int] = int,
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Decode n samples of every prompt, `batch` at a time; yields (rows, their next tokens), a step each.
+    """Decode n samples of every prompt, `batch` side by side; yields (rows, their next tokens), a step each.
 
-    Row i * n + k is sample k of prompt i. A row ends with a token of `stop`, or after max_new tokens without one.
+    Row i * n + k is sample k of prompt i. A row ends with a token of `stop`, or after max_new tokens without one; its
+    slot then goes to the next in the queue. Where memory holds fewer than `batch`, agree(how many it holds) says how
+    many: processes that share a model must have equally many.
     """
     if not 0 < top_p <= 1 or temperature < 0 or max_new < 1 or n < 1:
         raise BadInput(
@@ -108,58 +262,26 @@ def stream(
                 f"prompt {i} has {len(ids)} tokens; with {max_new} new ones that is more than the context of "
                 f"{model.cfg.max_len}: shorten it or allow fewer new tokens"
             )
-    head = os.path.commonprefix(prompts)  # works on lists of ids as it does on strings
-    head = head[: min(map(len, prompts), default=0) - 1]  # each prompt keeps a token of its own to read logits from
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    step = max(1, batch // n)
-    prefix = model.new_cache(1, len(head))
-    if head:
-        model(torch.tensor([head], device=prefix.length.device), prefix, readout=lambda h, _: h[:, -1])
-        prefix.advance(torch.tensor([len(head)], device=prefix.length.device), len(head))
-    for at in range(0, len(order), step):
-        group = order[at : at + step]
-        tails = [prompts[i][len(head) :] for i in group]
-        u = torch.stack([uniforms((*keys[i], k), max_new) for i in group for k in range(n)])
-        rows = [i * n + k for i in group for k in range(n)]
-        yield from _decode(model, prefix, tails, rows, u, n, max_new, stop, temperature, top_p)
-
-
-def _decode(model, prefix, tails, rows, u, n, max_new, stop, temperature, top_p):
-    """The sampling loop of one batch: `tails` are what follows the shared prefix, rows and u have n per tail."""
-    device = prefix.length.device
-    lengths = torch.tensor([len(t) for t in tails], device=device)  # (B,)
-    longest = max(map(len, tails))
-    tokens = torch.zeros(len(tails), longest, dtype=torch.long, device=device)
-    for b, tail in enumerate(tails):
-        tokens[b, : len(tail)] = torch.tensor(tail)
-    capacity = prefix.used + longest + max_new
-    if prefix.used:
-        cache = prefix.rows(torch.zeros(len(tails), dtype=torch.long, device=device), capacity)
-    else:
-        cache = model.new_cache(len(tails), capacity)
-
-    def at_end(h, head):  # only a prompt's last token is read out, not the (B, T, V) logits
-        return head(h[torch.arange(len(h), device=device), lengths - 1]).float()
-
-    logits = model(tokens, cache, readout=at_end)  # (B, V)
-    cache.advance(lengths, longest)
-    if n > 1:
-        spread = torch.arange(len(tails), device=device).repeat_interleave(n)
-        cache, logits = cache.rows(spread), logits[spread]  # B * n rows from here on
-    u, ends = u.to(device), torch.tensor(stop, device=device)
-    rows, live = torch.tensor(rows), torch.ones(len(rows), dtype=torch.bool)
-    for step in range(max_new):
-        token = pick(logits, u[:, step], temperature, top_p)  # (rows,)
-        yield rows[live].tolist(), token.cpu()[live].tolist()
-        live &= ~torch.isin(token, ends).cpu()
-        if step + 1 == max_new or not live.any():
-            return
-        if live.sum() < 0.875 * len(live):  # rows that have ended are dropped when they are worth the copying
-            left = live.nonzero().flatten().to(device)
-            cache, token, u = cache.rows(left), token[left], u[left]
-            rows, live = rows[live], live[live]
-        logits = model(token[:, None], cache, readout=lambda h, head: head(h[:, -1]).float())
-        cache.advance(torch.ones_like(cache.length), 1)
+    queue = arrivals(model, prompts, keys, n, max_new)
+    first = next(queue, None)
+    if first is None:
+        return
+    count = agree(affordable(first.cache, first.cache.end + max_new + GROW, min(batch, len(prompts) * n)))
+    slots, queue = Slots(model, count, max_new), chain([first], queue)
+    while slots.fill(queue):
+        for tokens in slots.draw(temperature, top_p):
+            taken = slots.taken()
+            rows, drawn = [slots.rows[s] for s in taken], [tokens[s] for s in taken]
+            if drawn and min(drawn) < 0:
+                bad = rows[drawn.index(-1)] // n
+                raise BadInput(f"the model's logits are not finite after prompt {bad}; its weights are damaged")
+            yield rows, drawn
+            for s, token in zip(taken, drawn, strict=True):
+                slots.said[s] += 1
+                if token in stop or slots.said[s] == max_new:
+                    slots.rows[s] = None
+        if slots.taken():
+            slots.step()
 
 
 def generate(model: Llama, prompts, keys, *, stop, max_new, n: int = 1, tick: Callable = lambda *_: None, **knobs):

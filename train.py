@@ -220,7 +220,8 @@ def write_prompts(cfg: Config, mesh, data: dict):
         return
     model, tok = open_model(cfg, mesh, cfg.writer or cfg.init)
     stop = [tok.eos, *tok.newlines]
-    knobs = {"max_new": limit(cfg.max_prompt, model), "temperature": cfg.writer_temperature, "top_p": cfg.top_p}
+    knobs = {"max_new": limit(cfg.max_prompt, model), "temperature": cfg.writer_temperature, "top_p": cfg.top_p,
+             "agree": partial(least, mesh)}  # fmt: skip
 
     def write(ids, keys):
         def work(mine):
@@ -298,10 +299,11 @@ def limit(tokens: int, model) -> int:
     return most
 
 
-def sampling(cfg: Config, stage: tuple) -> dict:
+def sampling(cfg: Config, mesh, stage: tuple) -> dict:
     """Knobs of responses and of judgements. The seed and the stage key their random numbers: the test prompts have
     the same ones for every model."""
-    return {"key": (cfg.seed, *stage), "temperature": cfg.temperature, "top_p": cfg.top_p, "batch": cfg.sample_batch}
+    return {"key": (cfg.seed, *stage), "temperature": cfg.temperature, "top_p": cfg.top_p, "batch": cfg.sample_batch,
+            "agree": partial(least, mesh)}  # fmt: skip
 
 
 def in_chunks(cfg: Config, mesh, model, rows: list[dict], what: str, unit: str, file: str, each: int, work):
@@ -333,14 +335,14 @@ def respond(cfg: Config, mesh, model, tok, rows: list[dict], what: str, stage: t
         log(f"{what}: {len(rows) - len(fit)} prompts leave no room for a response of {most} tokens")
 
     def work(mine, bar):
-        return sample.respond(model, tok, mine, n=n, max_new=most, tick=bar, **sampling(cfg, stage))
+        return sample.respond(model, tok, mine, n=n, max_new=most, tick=bar, **sampling(cfg, mesh, stage))
 
     return in_chunks(cfg, mesh, model, fit, what, "responses", file, n, work)
 
 
 def score(cfg: Config, mesh, model, tok, data: dict, rows: list[dict], what: str, stage: tuple, file: str):
     """The model's judgements of responses, on all processes."""
-    knobs = sampling(cfg, stage) | {"votes": cfg.votes, "max_new": limit(cfg.max_judgement, model)}
+    knobs = sampling(cfg, mesh, stage) | {"votes": cfg.votes, "max_new": limit(cfg.max_judgement, model)}
 
     def work(mine, bar):
         return judge.score(model, tok, data["judge_template"], mine, tick=bar, **knobs)
@@ -847,6 +849,13 @@ def spread(cfg: Config, rows: list, work) -> list:
     made = share(made if dist.get_rank() % cfg.tp == 0 else [])
     stop_if_asked()
     return made
+
+
+def least(mesh, count: int) -> int:
+    """The least of the tp group's numbers, which all go on with: they decode the same rows side by side."""
+    value = torch.tensor(count)
+    dist.all_reduce(value, dist.ReduceOp.MIN, group=mesh["tp"].get_group())
+    return value.item()
 
 
 def stopping() -> bool:

@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import init_device_mesh
@@ -54,11 +53,6 @@ class Assume(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def fused(q, k, v, mask=None):
-    mask = None if mask is None else mask[:, None]
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
-
-
 def peak(net, optimizer, work, targets: int = 0) -> dict[str, float]:
     """GiB by part at the moment when work(), with that many target tokens, holds most."""
     tracker = FSDPMemTracker(net, optimizer)
@@ -74,7 +68,7 @@ def peak(net, optimizer, work, targets: int = 0) -> dict[str, float]:
 def measure(cfg, mesh, rows: int, length: int, dtype=torch.bfloat16, recompute=False, cases=("sft", "dpo", "sample")):
     """Case -> GiB by part, on rank 0: a step of SFT on `rows` rows, of DPO on as many pairs, with the optimizer, or as
     many texts sampled, without it. Prompts have half of `length` tokens, and so have responses."""
-    model.attend, model.Rows.attend = fused, model.Rows.attend_fused
+    model.attend, model.Rows.attend = model.attend_fused, model.Rows.attend_fused
     with torch.device("meta"):
         net = Llama(cfg)
     parallelize(net, mesh, dtype, recompute)

@@ -121,7 +121,7 @@ def prove_another_world(world: SimpleNamespace, folder: Path, rng: random.Random
     straight, out, trace = folder / "straight", folder / "killed", folder / "trace"
     assert start(flags_of(world, straight, *SMALL, *NO_DROPOUT), folder / "log", kill=trace).code == 0
     flags, spans = flags_of(world, out, *SMALL, *NO_DROPOUT), durations(trace)
-    wanted = [c for c in spans if c.startswith(("seed_sft M1", "self_reward", "train_dpo", "examine M1"))]
+    wanted = [c for c in spans if c.startswith(("write_eft", "seed_sft M1", "self_reward", "train_dpo", "examine M1"))]
     for number, chapter in enumerate(wanted):
         size = 1 + number % 2
         hit = killed(flags, folder / str(number), size, spans, chapter, rng.random(), list(range(size)))
@@ -147,6 +147,8 @@ if __name__ == "__main__":
         tiny.make_data(world.data)
         tiny.make_base(world.base)
         rng = random.Random(args.seed)
+        (world.data / "eft.jsonl").unlink()  # so that the SFT baseline makes it of rankings
+        tiny.write_rows(world.data / "eft_ranked.jsonl", tiny.rankings(rng, [tiny.question(rng) for _ in range(40)]))
         for size in (1, 2):
             prove(world, world.folder / f"on{size}", size, args.kills, rng)
         prove_another_world(world, world.folder / "other", rng)

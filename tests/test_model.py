@@ -32,6 +32,7 @@ from model import (
     ModelConfig,
     Tokenizer,
     attend,
+    attend_fused,
     gathered,
     load,
     parallelize,
@@ -162,8 +163,9 @@ def test_rope_angles_are_true_at_position_4095():
 
     cos, sin = rope_tables(torch.tensor([[4095]]), 128, 10000.0)
     angles = [4095 * 10000.0 ** (-2 * i / 128) for i in range(64)]  # Python floats are fp64
-    torch.testing.assert_close(cos.flatten(), torch.tensor([math.cos(a) for a in angles]), atol=1e-3, rtol=0)
-    torch.testing.assert_close(sin.flatten(), torch.tensor([math.sin(a) for a in angles]), atol=1e-3, rtol=0)
+    want = [torch.tensor([f(a) for a in angles]) for f in (math.cos, math.sin)]
+    torch.testing.assert_close(cos.flatten(), torch.cat((want[0], want[0])), atol=1e-3, rtol=0)
+    torch.testing.assert_close(sin.flatten(), torch.cat((-want[1], want[1])), atol=1e-3, rtol=0)
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance_only():
@@ -227,15 +229,59 @@ def test_dropout_acts_in_train_mode_only(cfg):
 
 def test_a_cache_fed_in_ragged_pieces_gives_the_logits_of_one_pass(net):
     a, b = ids(net.cfg, 1, 11, seed=1), ids(net.cfg, 1, 8, seed=2)
-    cache = net.new_cache(2, 16)
+    cache = net.new_cache(2, 12)
     first = torch.zeros(2, 6, dtype=torch.long)
-    first[0], first[1, :3] = a[0, :6], b[0, :3]  # the second row is shorter: rubbish stays behind its end
+    first[0], first[1, 3:] = a[0, :6], b[0, :3]  # the second row is shorter: rubbish stands before its start
+    cache.start[1] = 3
     x = net(first, cache)
-    cache.advance(torch.tensor([6, 3]), 6)
     y = net(torch.cat((a[:, 6:], b[:, 3:])), cache)  # five more tokens each
     want_a, want_b = net(a)[0], net(b)[0]
     torch.testing.assert_close(torch.cat((x[0], y[0])), want_a, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(torch.cat((x[1, :3], y[1])), want_b, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.cat((x[1, 3:], y[1])), want_b, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_of_a_cache_are_replaced_dropped_and_widened_without_a_trace(net):
+    """Two rows go on behind a shared head; one is replaced by a text of another length, then one is dropped."""
+    head, a, b, c = (ids(net.cfg, 1, n, seed=n) for n in (7, 9, 8, 5))
+    shared = net.new_cache(1, 7)
+    net(head, shared)
+    cache = net.new_cache(2, 6, shared)
+    net(torch.cat((a[:, :6], b[:, :6])), cache)
+    late = net.new_cache(1, 4, shared)
+    net(c[:, :4], late)
+    cache.replace(torch.tensor([1]), late, torch.tensor([0]))
+    cache.resize(slice(None), 6, 9)
+    y = net(torch.cat((a[:, 6:7], c[:, 4:5])), cache)
+    torch.testing.assert_close(y[0, 0], net(torch.cat((head, a[:, :7]), 1))[0, -1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(y[1, 0], net(torch.cat((head, c), 1))[0, -1], atol=1e-4, rtol=1e-4)
+    cache.resize(torch.tensor([0]), 7, 9)
+    y = net(a[:, 7:], cache)
+    torch.testing.assert_close(y[0], net(torch.cat((head, a), 1))[0, -2:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("T", [1, 4])
+def test_all_ways_to_attend_agree_behind_a_shared_head(T):
+    g = torch.Generator().manual_seed(T)
+    q, k, v = (torch.randn(3, n, t, 8, generator=g) for n, t in ((6, T), (2, 9), (2, 9)))
+    first_k, first_v = (torch.randn(2, 5, 8, generator=g) for _ in range(2))
+    mask = torch.rand(3, T, 9, generator=g) < 0.5
+    mask[..., 0] = True
+    head = (first_k.mT.contiguous(), first_v)
+    want = attend(q, torch.cat((first_k.expand(3, -1, -1, -1), k), 2), torch.cat((first_v.expand(3, -1, -1, -1), v), 2),
+                  F.pad(mask, (5, 0), value=True))  # fmt: skip
+    torch.testing.assert_close(attend(q, k, v, mask, head), want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(attend_fused(q, k.mT.contiguous().mT, v, mask, head), want, atol=1e-5, rtol=0)
+
+
+def test_quick_products_are_products_in_fp32():
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(64, 300, generator=g), torch.randn(200, 300, generator=g)
+    exact = (x.double() @ w.double().T).float()
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with model_py.quick_products(64):
+        got = F.linear(x, w)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert (got - exact).abs().max() < 1e-4  # in bf16 it would be about 0.1
 
 
 # ---- text <-> ids
@@ -315,8 +361,7 @@ def test_a_vocabulary_without_llamas_control_tokens_is_refused(tmp_path):
 def greedy(net, tokens, count):
     cache, out = net.new_cache(1, count), list(tokens)
     for _ in range(count - len(tokens)):
-        logits = net(torch.tensor([out[cache.used :]]), cache)
-        cache.advance(torch.tensor([len(out) - cache.used]), len(out) - cache.used)
+        logits = net(torch.tensor([out[cache.end :]]), cache)
         out.append(logits[0, -1].argmax().item())
     return out
 

@@ -27,7 +27,11 @@ def test_every_make_target_it_names_exists_and_has_help():
 def test_every_flag_it_names_exists():
     sources = "".join((ROOT / f).read_text() for f in ("sample.py", "judge.py", "data/oasst/prepare.py"))
     known = {"--" + f.name.replace("_", "-") for f in fields(train.Config)} | {"--nproc-per-node", "--help"}
-    known |= set(re.findall(r'add_argument\("(--[a-z-]+)"', sources))
+    known |= set(re.findall(r'(?:add_argument|flag)\("(--[a-z-]+)"', sources))
+    known |= {"--plan", "--preset", *("--" + name.replace("_", "-") for name in train.MACHINE)}
+    known |= {"--nnodes", "--rdzv-id", "--rdzv-backend", "--rdzv-endpoint"}  # torchrun's
+    slurm = set(re.findall(r"--[a-z-]+", " ".join(re.findall(r"^#SBATCH (.*)$", README, re.MULTILINE))))
+    known |= slurm | {"--signal", "--requeue"}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     assert named and named <= known, named - known
 

@@ -171,7 +171,7 @@ def run(v: Variant, seed: int, args: argparse.Namespace, full: Future | None):
     if error:
         train([*flags, "--iters", str(number(judge.models_of(out)[-1]))], log)
     write_json(ended, {"flags": [*flags, v.iters], "error": error})
-    print(f"{out.name}: {time.time() - began:.0f} s{error and ', then ' + error}", flush=True)
+    print(f"{out.name}: {time.time() - began:.0f} s{error and '; ended: ' + error}", flush=True)
 
 
 def run_all(variants: list[Variant], args: argparse.Namespace):
@@ -286,7 +286,8 @@ def tables(rows: list[dict], seeds: list[int]) -> str:
     won, made, moved = ([[name, *cells] for name, cells in zip(names, t, strict=True)] for t in (won, made, moved))
     return "\n\n".join((
         markdown("Wins minus losses on the test prompts by the true reward, in points [95 % interval]. The full "
-                 "method's model meets the variant's of the same iteration, or its last stands for it.",
+                 "method's model meets the variant's of the same iteration; the last one stands for those that are not "
+                 "there.",
                  ["variant", "flags", "the paper", "M2 vs SFT", "full's M2 vs its", "last", "last vs SFT",
                   "full's last vs its"], won),
         markdown("The last model: true mean score (0 to 5) and tokens of its answers; pairs (or positives) of each "
@@ -309,7 +310,6 @@ def notes(rows: list[dict], seeds: list[int]) -> list[str]:
         f"Seeds {', '.join(map(str, seeds))}. Intervals come from drawing prompts anew, each with the answers of all "
         "seeds; how far seeds differ is in ablations.json (`by_seed`).",
         *early,
-        "Where a run ended early, its last model stands for those it has not made.",
         "`votes-1` is examined with 1 vote too, and `multiple-choice` with its own template, whose scores begin at 1: "
         "judgements of 0 became 1. Its judgements name a grade and do not recall facts, so it loses those as well.",
     ]
