@@ -726,9 +726,9 @@ def test_shuffled_scores_keep_what_a_prompt_got_and_change_who_got_it(world, who
 def test_judge_m1_judges_in_every_round_and_nothing_else_of_a_round_is_m1s(world, watched, tmp_path):
     out = run(world, tmp_path / "run", "--dropout", 0, "--judge", "M1")
     ours, theirs = products(out), products(watched.out)
-    assert {k for k in theirs if ours[k] != theirs[k]} == {"config.json", "metrics.jsonl"} | {
-        f"M3/{f}" for f in ("judgements.jsonl", "pairs.jsonl", "model.safetensors", "test.jsonl", "alpaca_eval.json",
-                            "exam.jsonl")}  # fmt: skip
+    differ = {k for k in theirs if ours[k] != theirs[k]}
+    after = {f"M3/{f}" for f in (*LINES[2:], "model.safetensors", "test.jsonl", "alpaca_eval.json", "exam.jsonl")}
+    assert {"config.json", "M3/judgements.jsonl"} <= differ <= after | {"config.json", "metrics.jsonl"}
     prompts, candidates, judgements, pairs = (read_rows(out / "M3" / f) for f in LINES)
     net, tok = load(out / "M1")
     rows = [c | {"prompt": prompts[c["id"]]["prompt"]} for c in candidates]
@@ -972,14 +972,15 @@ def test_a_variant_copies_all_it_shares_with_the_full_run_and_ends_as_if_it_had_
 ):
     monkeypatch.setattr(ablate, "JUDGE", "Pick a grade.\nQuestion: {prompt}\nAnswer: {response}\n")  # few tokens here
     monkeypatch.setattr(ablate, "GRADES", dict(zip(range(1, 6), ["It is bad.", *["It is fine."] * 4], strict=True)))
-    data = ablate.make_multiple_choice(world.data, tmp_path)
-    flags = ["--data", world.data, *v.flags.format(multiple_choice=data).split(), "--iters", v.iters]
+    data, changes = ablate.make_multiple_choice(world.data, tmp_path), v.flags.replace("guard 0.2", "guard 0.9").split()
+    flags = ["--data", world.data, *(c.format(multiple_choice=data) for c in changes), "--iters", v.iters]
     alone, full = products(run(world, tmp_path / "alone", *flags)), products(whole)
+    first = v.first.replace("config.json", "model.safetensors")
+    assert alone[first] != full.get(first)  # what comes later may still be the same, by chance
     ablate.share(whole, tmp_path / "run", v)
     copied = products(tmp_path / "run")
-    by_chance = {f"{m}/{f}" for m in ("M2", "M3") for f in ("test.jsonl", "alpaca_eval.json", "exam.jsonl")
-                 if alone.get(f"{m}/model.safetensors") != full[f"{m}/model.safetensors"]}  # fmt: skip
-    assert telling(copied) == telling(f for f in alone if alone[f] == full.get(f)) - by_chance
+    same_before = {f for f in alone if alone[f] == full.get(f) and "/" in f and ablate.place(f) < ablate.place(first)}
+    assert telling(copied) == telling(same_before)
     models = [{f.split("/")[0] for f in copied if f.endswith(end)} for end in ("/model.safetensors", "/config.json")]
     assert models[0] == models[1] == {r["model"] for r in metrics(tmp_path / "run")}
     same(products(run(world, tmp_path / "run", *flags)), alone)
