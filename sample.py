@@ -95,7 +95,7 @@ def pick(logits, u, temperature: float, top_p: float):
 
 # ---- many texts --------------------------------------------------------------------------------------------
 
-PIECE = 4096  # most prompt tokens that are put through the model at once
+PIECE = 2048  # most prompt tokens that are put through the model at once
 SHARED = 16  # a beginning of as many tokens that all prompts have in common is computed and kept once
 GROW = 32  # columns that are added to a full cache
 LOOK = 8  # steps between two looks at the tokens on a GPU, where a look waits for the device
