@@ -29,7 +29,7 @@ def test_every_flag_it_names_exists():
     known = {"--" + f.name.replace("_", "-") for f in fields(train.Config)} | {"--nproc-per-node", "--help"}
     known |= set(re.findall(r'(?:add_argument|flag)\("(--[a-z-]+)"', sources))
     known |= {"--plan", "--preset", *("--" + name.replace("_", "-") for name in train.MACHINE)}
-    known |= {"--nnodes", "--rdzv-id", "--rdzv-backend", "--rdzv-endpoint"}  # torchrun's
+    known |= {"--nnodes", "--rdzv-id", "--rdzv-backend", "--rdzv-endpoint", "--shutdown-timeout"}  # torchrun's
     slurm = set(re.findall(r"--[a-z-]+", " ".join(re.findall(r"^#SBATCH (.*)$", README, re.MULTILINE))))
     known |= slurm | {"--signal", "--requeue"}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
