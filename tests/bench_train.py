@@ -305,6 +305,6 @@ def main():
 if __name__ == "__main__":
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    MESH = train.start_processes()
+    MESH = train.start_processes(train.Config())
     main()
     train.dist.destroy_process_group()

@@ -576,6 +576,7 @@ def test_a_file_that_is_no_cache_is_refused_and_left_alone(sets, monkeypatch, tm
 
 def test_ctrl_c_keeps_what_was_answered_and_what_is_in_flight(sets, monkeypatch, tmp_path):
     def interrupted(handler):
+        time.sleep(0.3)  # by now the main thread does nothing but wait for this answer
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.3)
         handler.reply(200, {}, completion("Verdict: 1"))
