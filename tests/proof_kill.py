@@ -88,7 +88,7 @@ def prove(world: SimpleNamespace, folder: Path, size: int, kills: int, rng: rand
     straight, out = folder / "straight", folder / "killed"
     began = time.time()
     result = start(flags_of(world, straight, *SMALL), folder / "log", world=size, kill=folder / "trace")
-    assert set(result.codes) == {0}, result.err
+    assert set(result.codes) == {0}, (result.codes, result.out, result.err)
     spans, want, hits, number = durations(folder / "trace"), products(straight), [], 0
     print(f"{size} processes: {len(want)} files in {time.time() - began:.1f} s without a kill", flush=True)
     plan = [*spans, *rng.choices(list(spans), k=kills - len(spans))]
@@ -104,7 +104,7 @@ def prove(world: SimpleNamespace, folder: Path, size: int, kills: int, rng: rand
                 left = " ".join(map(str, left))
                 print(f"{len(hits):4} {hit[0]:22} {hit[1]:35} {'rank ' + str(victims):12} keeps {left}", flush=True)
         result = start(flags_of(world, out, *SMALL), folder / f"end{number}", world=size)
-        assert set(result.codes) == {0}, result.err
+        assert set(result.codes) == {0}, (result.codes, result.out, result.err)
         same(products(out), want)
         assert not [p for p in out.rglob("*") if p.suffix in (".tmp", ".part") or p.name == "checkpoint"]
         print(f"{size} processes, {len(hits)} kills: all {len(want)} files are byte-identical", flush=True)
@@ -142,7 +142,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kills", type=int, default=20, help="of each number of processes")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         world = SimpleNamespace(folder=Path(name), data=Path(name) / "data", base=Path(name) / "base")
         tiny.make_data(world.data)
         tiny.make_base(world.base)
