@@ -581,10 +581,12 @@ def test_ctrl_c_keeps_what_was_answered_and_what_is_in_flight(sets, monkeypatch,
         time.sleep(0.3)
         handler.reply(200, {}, completion("Verdict: 1"))
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
     with Endpoint(faults=[None, None, interrupted]) as e:
         flags = ("--judge-url", e.url, "--judge-model", "m", "--parallel", 1)
         with pytest.raises(BadInput, match="interrupted; answers so far are in .*judge_cache.jsonl"):
             run(monkeypatch, *sets, *flags)
+        signal.signal(signal.SIGINT, before)
         assert len(e.asked) == 3 == len(judge.read_cache(tmp_path / "judge_cache.jsonl"))
         run(monkeypatch, *sets, *flags)
     assert len(e.asked) == len(set(e.asked)) == 10
