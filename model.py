@@ -176,27 +176,64 @@ class Rows:
     prefix, such as a prompt that it shares, and then itself, causally.
     """
 
-    PIECE = 128  # queries at once: what they cannot see is not computed, and their scores stay in the CPU's caches
+    PIECE = 256  # most queries at once: of the keys, those behind the last of them are not computed
+    SCORES = 1 << 20  # most scores at once for each head, unless one piece has more: they stay in the CPU's caches
 
     def __init__(self, layout: list[tuple[int, int, int]], device):
         self.layout, self.lengths = layout, [n for n, *_ in layout]
         self.positions = torch.cat([torch.arange(p, p + n) for n, _, p in layout])[None].to(device)  # (1, T)
         self.fused: tuple | None = None
+        self.batches: list[tuple] | None = None
 
     def attend(self, q, k, v):
         """Attention of every row: q (1, H, T, hd), k and v (1, K, T, hd) -> (1, H, T, hd)."""
         if q.is_cuda and q.dtype != torch.float32:
             return self.attend_fused(q, k, v)
-        out, (ks, vs) = [], (t.split(self.lengths, 2) for t in (k, v))
-        for i, queries in enumerate(q.split(self.lengths, 2)):
-            _, of, seen = self.layout[i]
-            keys, values = (torch.cat((t[of][:, :, :seen], t[i]), 2) if seen else t[i] for t in (ks, vs))
-            for piece in queries.split(self.PIECE, 2):
-                seen += piece.shape[2]
-                mask = torch.ones(piece.shape[2], seen, dtype=torch.bool, device=q.device)
-                mask = mask.tril(seen - piece.shape[2])[None]  # (1, piece, S)
-                out.append(attend(piece, keys[:, :, :seen], values[:, :, :seen], mask))
-        return torch.cat(out, 2)
+        (_, H, T, hd), K = q.shape, k.shape[1]
+        if self.batches is None:
+            self.batches, self.back = self.batched(K, H // K, q.dtype, q.device)
+        q, k, v = (t[0].transpose(0, 1).reshape(T, -1) for t in (q, k, v))  # (T, H * hd or K * hd)
+        out = []
+        for queries, keys, bias in self.batches:
+            (B, t), S = queries.shape, keys.shape[1]
+            qs = F.embedding(queries, q).view(B, t, K, H // K, hd).permute(0, 2, 3, 1, 4).reshape(B * K, -1, hd)
+            ks = F.embedding(keys, k).view(B, S, K, hd).permute(0, 2, 3, 1).reshape(B * K, hd, S)
+            vs = F.embedding(keys, v).view(B, S, K, hd).transpose(1, 2).reshape(B * K, S, hd)
+            scores = torch.baddbmm(bias, qs, ks, alpha=hd**-0.5)  # (B * K, H/K * t, S)
+            found = scores.softmax(dim=-1, dtype=torch.float32).type_as(v) @ vs
+            out.append(found.view(B, K, H // K, t, hd).permute(0, 3, 1, 2, 4).reshape(B * t, H * hd))
+        return F.embedding(self.back, torch.cat(out)).view(1, T, H, hd).transpose(1, 2)
+
+    def batched(self, K: int, group: int, dtype, device) -> tuple[list[tuple], torch.Tensor]:
+        """Pieces of rows in batches of like size, which are computed as one: the tokens that are their queries (B, t)
+        and keys (B, S), and what to add to their scores (B * K, group * t, S); and where the batches have each token.
+        """
+        at, pieces = [0, *accumulate(self.lengths)], []
+        for row, (n, of, p) in enumerate(self.layout):
+            seen = [*range(at[of], at[of] + p), *range(at[row], at[row] + n)]
+            for i in range(p, p + n, self.PIECE):  # a piece's last query is its last key
+                pieces.append((seen[i : i + self.PIECE], seen[: i + self.PIECE]))
+        batches = [[]]
+        for piece in sorted(pieces, key=lambda piece: (len(piece[0]), len(piece[1]))):
+            batch = [*batches[-1], piece]
+            padded = len(batch) * len(piece[0]) * max(len(keys) for _, keys in batch)
+            if padded > min(1.25 * sum(len(queries) * len(keys) for queries, keys in batch), self.SCORES):
+                batches.append([piece])
+            else:
+                batches[-1] = batch
+        found, places = [], []
+        for batch in filter(None, batches):
+            t, S = (max(len(piece[side]) for piece in batch) for side in (0, 1))
+            queries, keys = (torch.tensor([p[side] + [0] * (n - len(p[side])) for p in batch], device=device)
+                             for side, n in ((0, t), (1, S)))  # fmt: skip
+            places += [i for seeing, _ in batch for i in seeing + [-1] * (t - len(seeing))]
+            first = torch.tensor([len(seen) - len(seeing) for seeing, seen in batch], device=device)[:, None, None]
+            unseen = torch.arange(S, device=device) > first + torch.arange(t, device=device)[:, None]  # (B, t, S)
+            bias = torch.zeros(unseen.shape, dtype=dtype, device=device).masked_fill_(unseen, float("-inf"))
+            bias = bias[:, None, None].expand(-1, K, group, -1, -1).reshape(len(batch) * K, group * t, S)
+            found.append((queries, keys, bias))
+        place = {i: n for n, i in enumerate(places)}
+        return found, torch.tensor([place[i] for i in range(at[-1])], device=device)
 
     def attend_fused(self, q, k, v):
         """The same by flash attention, for half precision on a GPU."""

@@ -557,8 +557,9 @@ def test_metrics_count_tokens_and_rows_are_not_padded(world, whole):
 
 
 def test_operations_are_those_that_torch_counts(world, monkeypatch):
-    """Attention is cut into single queries, so that torch too counts what is seen and no more; chunks are off."""
+    """Attention is cut into single queries, none beside another, so that torch too counts what is seen and no more."""
     monkeypatch.setattr(Rows, "PIECE", 1)
+    monkeypatch.setattr(Rows, "SCORES", 1)
     net, tok = load(world.base)
     rng = random.Random(0)
     for examples in ([(tok.raw("What is it?"), tok.response("It is so, and it is fine."))],
