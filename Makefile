@@ -23,8 +23,8 @@ run: .venv/run  ## M0 -> M1 -> M2 -> M3 on the zoo, then the report (OUT=runs/on
 	$(BIN)/torchrun train.py --iters 3 --out $(OUT) $(ARGS)
 	$(BIN)/python judge.py $(OUT)
 
-test: .venv/dev  ## all tests
-	$(BIN)/python -m pytest -q tests $(ARGS)
+test: .venv/dev  ## all tests, on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests $(ARGS)
 
 kills: .venv/dev  ## kill -9 the toy run at 20 random moments, on one and on two processes (ARGS="--seed 1"); minutes
 	$(BIN)/python tests/proof_kill.py $(ARGS)

@@ -103,42 +103,29 @@ def rotate(x, cos, sin):
     return torch.addcmul(h * cos, h.roll(x.shape[-1] // 2, dims=-1), sin).type_as(x)
 
 
-def attend(q, k, v, mask=None, head=None):
-    """Softmax attention: q (B, H, T, hd), k and v (B, K, S, hd) -> (B, H, T, hd).
+def attend(q, k, v, bias, head=None):
+    """Softmax attention by plain products: q (N, T, hd), k (N, hd, S) and v (N, S, hd) -> (N, T, hd).
 
-    mask: (B, T, S), True where a query may look; None means causal. head: keys (K, hd, P) and values (K, P, hd) that
-    all rows look at first. On CPU plain matrix products are faster than the fused kernel at the sizes that a CPU can
-    train, with the query heads of one group as rows of one product; on a GPU they are when T is 1.
+    N counts rows times K; the query heads of a group are queries of one product. bias (N, 1 or T, S): 0 where a query
+    may look and -inf elsewhere. head: keys (K, hd, P) and values (K, P, hd) that all rows look at first. On a CPU this
+    is faster than the fused kernel at the sizes that a CPU can train, on a GPU where there is one query a row.
     """
-    B, H, T, hd = q.shape
-    K, S = k.shape[1:3]
-    if q.is_cuda and T > 1:
-        return attend_fused(q, k, v, mask, head)
-    if mask is None:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()[None]  # (1, T, S)
-    q = (q * hd**-0.5).reshape(B, K, H // K * T, hd)
-    scores = (q @ k.transpose(2, 3)).view(B, K, H // K, T, S).masked_fill_(~mask[:, None, None], float("-inf"))
-    scores = scores.view(B, K, H // K * T, S)
-    if head is not None:  # one product for all rows, which reads the shared keys once
-        shared = q.transpose(0, 1).reshape(K, -1, hd) @ head[0]  # (K, B * H/K * T, P)
-        scores = torch.cat((shared.view(K, B, H // K * T, -1).transpose(0, 1), scores), dim=-1)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).type_as(v)
-    out = weights[..., -S:] @ v
-    if head is not None:
-        shared = weights[..., :-S].transpose(0, 1).reshape(K, B * H // K * T, -1) @ head[1]
-        out = out + shared.view(K, B, H // K * T, hd).transpose(0, 1)
-    return out.view(B, H, T, hd)
+    (N, T, hd), q = q.shape, q * q.shape[-1] ** -0.5
+    scores = torch.baddbmm(bias, q, k)  # (N, T, S)
+    if head is None:
+        return scores.softmax(dim=-1) @ v
+    K, _, P = head[0].shape
+    shared = q.view(-1, K, T, hd).transpose(0, 1).reshape(K, -1, hd) @ head[0]  # (K, B * T, P): read once for all rows
+    shared = shared.view(K, -1, T, P).transpose(0, 1).reshape(N, T, P)
+    weights = torch.cat((shared, scores), dim=-1).softmax(dim=-1)  # (N, T, P + S)
+    shared = weights[..., :P].view(-1, K, T, P).transpose(0, 1).reshape(K, -1, P) @ head[1]  # (K, B * T, hd)
+    return shared.view(K, -1, T, hd).transpose(0, 1).reshape(N, T, hd).baddbmm_(weights[..., P:], v)
 
 
-def attend_fused(q, k, v, mask=None, head=None):
-    """The same by PyTorch's fused kernel, which never holds the (T, S) weights."""
-    if head is not None:
-        k = torch.cat((head[0].mT.expand(len(k), -1, -1, -1), k), dim=2)
-        v = torch.cat((head[1].expand(len(v), -1, -1, -1), v), dim=2)
-        mask = F.pad(mask, (k.shape[2] - mask.shape[2], 0), value=True)
-    k = k if k.stride(-1) == 1 else k.contiguous()  # those of a cache are transposed
-    mask = None if mask is None else mask[:, None]
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+def bias_of(unseen: torch.Tensor, K: int, queries: int, dtype) -> torch.Tensor:
+    """(B, T, S), True where a query may not look -> what `attend` adds to the scores (B * K, queries * T, S)."""
+    bias = torch.zeros(unseen.shape, dtype=dtype, device=unseen.device).masked_fill_(unseen, float("-inf"))
+    return bias[:, None, None].expand(-1, K, queries, -1, -1).reshape(len(bias) * K, -1, bias.shape[2])
 
 
 @functools.cache
@@ -152,16 +139,16 @@ def onednn_is_exact() -> bool:
 
 
 @contextmanager
-def quick_products(rows: int):
-    """fp32 matrix products of `rows` rows go to the faster library of a CPU, at full precision.
+def quick_products():
+    """Large fp32 matrix products go to the faster library of a CPU, at full precision.
 
-    PyTorch leaves them to MKL, which reaches less than half of the speed of an AMD processor. oneDNN does better from
-    about 16 rows on, and takes them where bf16 arithmetic is allowed to it; a processor without bf16 matrix units
-    (AMX) computes in fp32 all the same.
+    PyTorch leaves them to MKL, which reaches less than half of the speed of some AMD processors. oneDNN does better,
+    and takes them where bf16 arithmetic is allowed to it; a processor without bf16 matrix units (AMX) computes in fp32
+    all the same.
     """
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
-    if rows >= 16 and onednn_is_exact():
+    if onednn_is_exact():
         matmul.fp32_precision = "bf16"
     try:
         yield
@@ -185,10 +172,10 @@ class Rows:
         self.fused: tuple | None = None
         self.batches: list[tuple] | None = None
 
-    def attend(self, q, k, v):
+    def attend(self, layer, q, k, v):
         """Attention of every row: q (1, H, T, hd), k and v (1, K, T, hd) -> (1, H, T, hd)."""
         if q.is_cuda and q.dtype != torch.float32:
-            return self.attend_fused(q, k, v)
+            return self.attend_fused(layer, q, k, v)
         (_, H, T, hd), K = q.shape, k.shape[1]
         if self.batches is None:
             self.batches, self.back = self.batched(K, H // K, q.dtype, q.device)
@@ -199,9 +186,8 @@ class Rows:
             qs = F.embedding(queries, q).view(B, t, K, H // K, hd).permute(0, 2, 3, 1, 4).reshape(B * K, -1, hd)
             ks = F.embedding(keys, k).view(B, S, K, hd).permute(0, 2, 3, 1).reshape(B * K, hd, S)
             vs = F.embedding(keys, v).view(B, S, K, hd).transpose(1, 2).reshape(B * K, S, hd)
-            scores = torch.baddbmm(bias, qs, ks, alpha=hd**-0.5)  # (B * K, H/K * t, S)
-            found = scores.softmax(dim=-1, dtype=torch.float32).type_as(v) @ vs
-            out.append(found.view(B, K, H // K, t, hd).permute(0, 3, 1, 2, 4).reshape(B * t, H * hd))
+            found = attend(qs, ks, vs, bias).view(B, K, H // K, t, hd)
+            out.append(found.permute(0, 3, 1, 2, 4).reshape(B * t, H * hd))
         return F.embedding(self.back, torch.cat(out)).view(1, T, H, hd).transpose(1, 2)
 
     def batched(self, K: int, group: int, dtype, device) -> tuple[list[tuple], torch.Tensor]:
@@ -229,13 +215,11 @@ class Rows:
             places += [i for seeing, _ in batch for i in seeing + [-1] * (t - len(seeing))]
             first = torch.tensor([len(seen) - len(seeing) for seeing, seen in batch], device=device)[:, None, None]
             unseen = torch.arange(S, device=device) > first + torch.arange(t, device=device)[:, None]  # (B, t, S)
-            bias = torch.zeros(unseen.shape, dtype=dtype, device=device).masked_fill_(unseen, float("-inf"))
-            bias = bias[:, None, None].expand(-1, K, group, -1, -1).reshape(len(batch) * K, group * t, S)
-            found.append((queries, keys, bias))
+            found.append((queries, keys, bias_of(unseen, K, group, dtype)))
         place = {i: n for n, i in enumerate(places)}
         return found, torch.tensor([place[i] for i in range(at[-1])], device=device)
 
-    def attend_fused(self, q, k, v):
+    def attend_fused(self, layer, q, k, v):
         """The same by flash attention, for half precision on a GPU."""
         if self.fused is None:  # which keys the rows see, and where rows end among queries and keys
             at, sizes = [0, *accumulate(self.lengths)], (self.lengths, [n + p for n, _, p in self.layout])
@@ -264,23 +248,43 @@ class KVCache:
         self.k: list[torch.Tensor | None] = [None] * layers  # (B, K, hd, columns)
         self.v: list[torch.Tensor | None] = [None] * layers  # (B, K, columns, hd)
 
-    def look(self, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next T columns: their tokens' positions (B, T), and which columns these may look at (B, T, columns)."""
-        columns = torch.arange(self.columns, device=self.start.device)
-        own = columns[self.end : self.end + T]
+    def look(self, T: int) -> torch.Tensor:
+        """The positions (B, T) of the next T tokens of all rows, which `attend` is now about to be given."""
+        columns = torch.arange(self.end + T, device=self.start.device)
+        own = columns[self.end :]
         first = torch.minimum(self.start[:, None], own)  # padding sees itself: to see nothing is to be NaN
-        mask = (columns >= first[..., None]) & (columns <= own[:, None])
-        return own - self.start[:, None] + (self.head.end if self.head else 0), mask
+        self.unseen, self.bias = (columns < first[..., None]) | (columns > own[:, None]), None  # (B, T, S)
+        return own - self.start[:, None] + (self.head.end if self.head else 0)
 
-    def put(self, layer: int, k, v):
-        """Store k and v (B, K, T, hd) in the next columns; return those of all columns (B, K, columns, hd)."""
+    def attend(self, layer: int, q, k, v):
+        """Attention of new tokens, whose k and v are kept: q (B, H, T, hd), k and v (B, K, T, hd) -> (B, H, T, hd)."""
+        if q.is_cuda and q.shape[2] > 1:
+            return self.attend_fused(layer, q, k, v)
+        (B, H, T, hd), K = q.shape, k.shape[1]
+        k, v = self.put(layer, k, v)
+        if self.bias is None:  # the same in all layers
+            self.bias = bias_of(self.unseen, K, H // K if T > 1 else 1, q.dtype)
+        head = self.head and (self.head.k[layer][0], self.head.v[layer][0])
+        return attend(q.reshape(B * K, -1, hd), k.flatten(0, 1), v.flatten(0, 1), self.bias, head).view(B, H, T, hd)
+
+    def attend_fused(self, layer: int, q, k, v):
+        """The same by PyTorch's fused kernel, which never holds the (T, S) weights."""
+        k, v = self.put(layer, k, v)
+        if self.head:
+            k, v = (torch.cat((t.expand(len(q), -1, -1, -1), own), dim)
+                    for t, own, dim in ((self.head.k[layer], k, 3), (self.head.v[layer], v, 2)))  # fmt: skip
+        mask = F.pad(~self.unseen, (v.shape[2] - self.unseen.shape[2], 0), value=True)[:, None]
+        return F.scaled_dot_product_attention(q, k.mT.contiguous(), v, mask, enable_gqa=q.shape[1] != k.shape[1])
+
+    def put(self, layer: int, k, v) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store k and v (B, K, T, hd) in the next columns; keys (B, K, hd, S) and values (B, K, S, hd) so far."""
         if self.k[layer] is None:
             B, K, _, hd = k.shape
             self.k[layer], self.v[layer] = k.new_zeros(B, K, hd, self.columns), v.new_zeros(B, K, self.columns, hd)
-        at = slice(self.end, self.end + k.shape[2])
-        self.k[layer][..., at] = k.transpose(2, 3)
-        self.v[layer][:, :, at] = v
-        return self.k[layer].transpose(2, 3), self.v[layer]
+        S = self.end + k.shape[2]
+        self.k[layer][..., self.end : S] = k.transpose(2, 3)
+        self.v[layer][:, :, self.end : S] = v
+        return self.k[layer][..., :S], self.v[layer][:, :, :S]
 
     def resize(self, rows, width: int, columns: int):
         """Keep `rows` (an index or a slice) and the last `width` columns, and have room for `columns`."""
@@ -315,21 +319,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(cfg.dim, cfg.kv_heads * cfg.head_dim, bias=False)
         self.o_proj = nn.Linear(cfg.heads * cfg.head_dim, cfg.dim, bias=False)
 
-    def forward(self, x, rope, cache=None, rows=None):
-        """x (B, T, D) -> (B, T, D). cache: (KVCache, layer, mask), or None when training; rows: Rows."""
+    def project(self, x):
+        """x (B, T, D) -> queries (B, T, H * hd), keys and values (B, T, K * hd)."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+    def forward(self, x, rope, context, layer: int):
+        """x (B, T, D) -> (B, T, D). context, Rows or a KVCache, is what the tokens see."""
         B, T, _ = x.shape
-        q, k, v = (
-            proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H or K, T, hd)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k, mask, head = rotate(q, *rope), rotate(k, *rope), None, None
-        if rows is not None:
-            return self.o_proj(rows.attend(q, k, v).transpose(1, 2).reshape(B, T, -1))
-        if cache is not None:
-            store, layer, mask = cache
-            k, v = store.put(layer, k, v)  # (B, K, S, hd)
-            head = store.head and (store.head.k[layer][0], store.head.v[layer][0])
-        return self.o_proj(attend(q, k, v, mask, head).transpose(1, 2).reshape(B, T, -1))
+        q, k, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in self.project(x))  # (B, H or K, T, hd)
+        out = context.attend(layer, rotate(q, *rope), rotate(k, *rope), v)  # (B, H, T, hd)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -341,8 +340,13 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(cfg.dim, cfg.ffn, bias=False)
         self.down_proj = nn.Linear(cfg.ffn, cfg.dim, bias=False)
 
+    def widen(self, x):
+        """x (B, T, D) -> gate and up, each (B, T, ffn)."""
+        return self.gate_proj(x), self.up_proj(x)
+
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.widen(x)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -354,8 +358,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, rope, cache=None, rows=None):
-        x = x + F.dropout(self.self_attn(self.input_layernorm(x), rope, cache, rows), self.dropout, self.training)
+    def forward(self, x, rope, context, layer: int):
+        x = x + F.dropout(self.self_attn(self.input_layernorm(x), rope, context, layer), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training)
 
 
@@ -378,23 +382,25 @@ class Llama(nn.Module):
     def forward(self, tokens, cache: KVCache | None = None, readout=None, layout=None):
         """tokens (B, T) -> fp32 logits (B, T, V).
 
-        With a cache the tokens continue its rows. With a layout (see Rows) the tokens (1, T) are many rows end to end.
+        With a cache the tokens continue its rows. With a layout (see Rows) the tokens (1, T) are many rows end to end;
+        without either, B texts of equal length.
         `readout(hidden, head)` replaces the logits by what the caller needs of them; it runs inside forward, where
         FSDP has the head at hand.
         """
-        T, mask = tokens.shape[1], None
-        rows = None if layout is None else Rows(layout, tokens.device)
+        shape = tokens.shape
         if cache is not None:
-            positions, mask = cache.look(T)  # (B, T), (B, T, S)
+            context, positions = cache, cache.look(shape[1])  # (B, T)
         else:
-            positions = torch.arange(T, device=tokens.device)[None] if rows is None else rows.positions  # (1, T)
+            tokens = tokens.reshape(1, -1)
+            context = Rows(layout or [(shape[1], b, 0) for b in range(shape[0])], tokens.device)
+            positions = context.positions  # (1, B * T)
         rope = rope_tables(positions, self.cfg.head_dim, self.cfg.rope_theta)
-        x = self.embed_tokens(tokens)  # (B, T, D)
+        x = self.embed_tokens(tokens)  # (B, T, D), or (1, B * T, D)
         for i, block in enumerate(self.layers):
-            x = block(x, rope, None if cache is None else (cache, i, mask), rows)
+            x = block(x, rope, context, i)
         if cache is not None:
-            cache.end += T
-        x = self.norm(x)
+            cache.end += shape[1]
+        x = self.norm(x).view(*shape, -1)
         return self.lm_head(x).float() if readout is None else readout(x, self.lm_head)
 
     def new_cache(self, rows: int, columns: int, head: KVCache | None = None) -> KVCache:

@@ -29,6 +29,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import chain, groupby, islice, product
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +37,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from model import BadInput, KVCache, Llama, Tokenizer, load, quick_products, read_json, write_text
+from model import BadInput, KVCache, Llama, Tokenizer, load, read_json, write_text
 
 # ---- one token ---------------------------------------------------------------------------------------------
 
@@ -101,23 +102,75 @@ GROW = 32  # columns that are added to a full cache
 LOOK = 8  # steps between two looks at the tokens on a GPU, where a look waits for the device
 
 
-def forward(model: Llama, tokens, cache: KVCache):
-    """tokens (B, T), the next ones of the cache's rows -> logits (B, V) of what follows them."""
-    with quick_products(tokens.numel()):
-        return model(tokens, cache, readout=lambda h, head: head(h[:, -1]).float())
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be had on a device."""
+    if device.type == "cuda":  # what torch has cached is free as well
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    if os.path.exists("/proc/meminfo"):  # and so are the system's copies of files
+        with open("/proc/meminfo") as f:
+            return int(re.search(r"MemAvailable:\s*(\d+)", f.read())[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def read(model: Llama, texts: list[list[int]], head: KVCache | None = None):
+def multiply(linears: list[torch.nn.Linear], rows: int) -> Callable:
+    """A function x -> what each of the layers makes of x, by one product with a copy of their weights.
+
+    A CPU reads the copy from end to end: for one row it is the transpose, for more what oneDNN makes of it. PyTorch
+    reaches that by operators that torch.compile puts into its code; else every product lays out its weights anew.
+    """
+    weight, sizes = torch.cat([linear.weight for linear in linears]), [linear.out_features for linear in linears]
+    if rows == 1 and weight.dtype == torch.float32:
+        product = partial(torch.matmul, other=weight.T.contiguous())
+    else:
+        blocks = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        product = partial(torch.ops.mkldnn._linear_pointwise, W=blocks, B=None, attr="none", scalars=[], algorithm="")
+    return product if len(linears) == 1 else lambda x: product(x).split(sizes, dim=-1)
+
+
+class Decoder:
+    """A model that writes `rows` texts side by side. On a CPU it multiplies by copies of its weights, if they fit.
+
+    The model itself stays as it is: the copies take the place of its layers during a call only.
+    """
+
+    def __init__(self, model: Llama, rows: int):
+        self.model, self.device, self.products = model, model.embed_tokens.weight.device, []
+        usable = self.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        usable &= "forward" not in vars(model.lm_head)  # tensor parallel layers have their own
+        if not usable or sum(p.nbytes for p in model.parameters()) > free_memory(self.device) / 2:
+            return
+        for attention, mlp in ((block.self_attn, block.mlp) for block in model.layers):
+            self.replace(attention, "project", [attention.q_proj, attention.k_proj, attention.v_proj], rows)
+            self.replace(attention.o_proj, "forward", [attention.o_proj], rows)
+            self.replace(mlp, "widen", [mlp.gate_proj, mlp.up_proj], rows)
+            self.replace(mlp.down_proj, "forward", [mlp.down_proj], rows)
+        self.replace(model.lm_head, "forward", [model.lm_head], rows)
+
+    def replace(self, module, name: str, linears: list, rows: int):
+        self.products.append((vars(module), name, multiply(linears, rows)))
+
+    def __call__(self, tokens, cache: KVCache):
+        """tokens (B, T), the next ones of the cache's rows -> logits (B, V) of what follows them."""
+        for place, name, function in self.products:
+            place[name] = function
+        try:
+            return self.model(tokens, cache, readout=lambda h, head: head(h[:, -1]).float())
+        finally:
+            for place, name, _ in self.products:
+                del place[name]
+
+
+def read(decoder: Decoder, texts: list[list[int]], head: KVCache | None = None):
     """Put texts through the model, behind what they have in common: the cache they leave, and logits (B, V)."""
-    width, device = max(map(len, texts)), model.embed_tokens.weight.device
+    width, device = max(map(len, texts)), decoder.device
     tokens = torch.zeros(len(texts), width, dtype=torch.long)
     for b, ids in enumerate(texts):
         tokens[b, width - len(ids) :] = torch.tensor(ids)
-    cache = model.new_cache(len(texts), width, head)
+    cache = decoder.model.new_cache(len(texts), width, head)
     cache.start += torch.tensor([width - len(ids) for ids in texts], device=device)
     step = max(1, PIECE // len(texts))
     for at in range(0, width, step):
-        logits = forward(model, tokens[:, at : at + step].to(device), cache)
+        logits = decoder(tokens[:, at : at + step].to(device), cache)
     return cache, logits
 
 
@@ -131,15 +184,15 @@ class Arrival(NamedTuple):
     u: torch.Tensor  # (max_new, TRIES), the random numbers of all its tokens
 
 
-def arrivals(model: Llama, prompts, keys, n: int, max_new: int) -> Iterator[Arrival]:
+def arrivals(decoder: Decoder, prompts, keys, n: int, max_new: int) -> Iterator[Arrival]:
     """All samples. Prompts are read when their turn comes, longest first: whoever comes later needs fewer columns."""
     common = os.path.commonprefix(prompts)  # works on lists of ids as it does on strings
     common = common[: min(map(len, prompts), default=0) - 1]  # each prompt keeps a token of its own to read logits from
-    head = read(model, [common])[0] if len(common) >= SHARED and len(prompts) * n > 1 else None
+    head = read(decoder, [common])[0] if len(common) >= SHARED and len(prompts) * n > 1 else None
     skip, at, order = len(common) if head else 0, 0, sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     while at < len(order):
         group = order[at : at + max(1, PIECE // (len(prompts[order[at]]) - skip))]
-        cache, logits = read(model, [prompts[i][skip:] for i in group], head)
+        cache, logits = read(decoder, [prompts[i][skip:] for i in group], head)
         for b, i in enumerate(group):
             for k in range(n):
                 yield Arrival(i * n + k, cache, b, logits[b], uniforms((*keys[i], k), TRIES * max_new).view(-1, TRIES))
@@ -148,16 +201,8 @@ def arrivals(model: Llama, prompts, keys, n: int, max_new: int) -> Iterator[Arri
 
 def affordable(cache: KVCache, columns: int, rows: int) -> int:
     """As many of `rows` rows of `columns` columns as half of the free memory holds; at least one."""
-    device = cache.start.device
-    if device.type == "cuda":  # what torch has cached is free as well
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    elif os.path.exists("/proc/meminfo"):  # and so are the system's copies of files
-        with open("/proc/meminfo") as f:
-            free = int(re.search(r"MemAvailable:\s*(\d+)", f.read())[1]) * 1024
-    else:
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     column = sum(t.nbytes for t in (*cache.k, *cache.v)) / (len(cache.start) * cache.columns)
-    fit = max(1, int(free / 2 / (column * columns)))
+    fit = max(1, int(free_memory(cache.start.device) / 2 / (column * columns)))
     if fit < rows:
         warnings.warn(f"memory holds keys and values of {fit} samples side by side, not {rows}", stacklevel=3)
     return min(fit, rows)
@@ -166,11 +211,11 @@ def affordable(cache: KVCache, columns: int, rows: int) -> int:
 class Slots:
     """Samples in the making, side by side: slot s is row s of the cache, of the logits and of the random numbers."""
 
-    def __init__(self, model: Llama, count: int, max_new: int):
-        device = model.embed_tokens.weight.device
-        self.model, self.cache, self.max_new = model, None, max_new
+    def __init__(self, decoder: Decoder, count: int, max_new: int):
+        device = decoder.device
+        self.decoder, self.cache, self.max_new = decoder, None, max_new
         self.rows, self.said = [None] * count, [0] * count  # whose slot it is (None: free), how many tokens it has
-        self.logits = torch.zeros(count, model.cfg.vocab_size, device=device)  # of the next token
+        self.logits = torch.zeros(count, decoder.model.cfg.vocab_size, device=device)  # of the next token
         self.u = torch.zeros(count, max_new, TRIES, device=device)
         self.at = torch.zeros(count, dtype=torch.long, device=device)  # the next of these
 
@@ -183,7 +228,7 @@ class Slots:
         if 16 * len(free) > len(self.rows):
             new = list(islice(queue, len(free)))
             if new and len(free) == len(self.rows):  # nobody's columns are in use
-                self.cache = self.model.new_cache(len(free), new[0].cache.end + GROW, new[0].cache.head)
+                self.cache = self.decoder.model.new_cache(len(free), new[0].cache.end + GROW, new[0].cache.head)
                 self.cache.end = new[0].cache.end
             for source, group in groupby(new, key=lambda arrival: arrival.cache):
                 group = list(group)
@@ -215,7 +260,7 @@ class Slots:
         if self.cache.end == self.cache.columns:
             width = self.cache.end - int(self.cache.start[self.taken()].min())  # of those in use
             self.cache.resize(slice(None), width, width + GROW)
-        self.logits = forward(self.model, self.drawn.clamp(min=0)[:, None], self.cache)
+        self.logits = self.decoder(self.drawn.clamp(min=0)[:, None], self.cache)
 
     def draw(self, temperature: float, top_p: float) -> list[list[int]]:
         """The next tokens of all slots: those of one step, or on a GPU of several."""
@@ -262,12 +307,13 @@ def stream(
                 f"prompt {i} has {len(ids)} tokens; with {max_new} new ones that is more than the context of "
                 f"{model.cfg.max_len}: shorten it or allow fewer new tokens"
             )
-    queue = arrivals(model, prompts, keys, n, max_new)
+    decoder = Decoder(model, min(batch, len(prompts) * n))
+    queue = arrivals(decoder, prompts, keys, n, max_new)
     first = next(queue, None)
     if first is None:
         return
     count = agree(affordable(first.cache, first.cache.end + max_new + GROW, min(batch, len(prompts) * n)))
-    slots, queue = Slots(model, count, max_new), chain([first], queue)
+    slots, queue = Slots(decoder, count, max_new), chain([first], queue)
     while slots.fill(queue):
         for tokens in slots.draw(temperature, top_p):
             taken = slots.taken()

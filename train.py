@@ -460,7 +460,7 @@ def optimize(cfg: Config, model, name, plan, examples, *, pack, loss, units, lr:
     bar.close()
 
 
-@quick_products(16)
+@quick_products()
 def gradient(cfg: Config, model, batch, examples, *, pack, loss, units) -> tuple[dict[str, float], float]:
     """Leave the gradient of a whole batch in the model, clipped at 1, however the batch is cut.
 
@@ -615,7 +615,7 @@ def pack_pairs(rows: list[tuple], device):
     return *collate([row[:3] for row in rows], device), reference.to(device)
 
 
-@quick_products(16)
+@quick_products()
 @torch.no_grad()
 def pair_logps(cfg: Config, mesh, model, examples, plan) -> dict[int, tuple[float, float]]:
     """Row number -> the model's log-probs of chosen and rejected, for the rows of the plan, dropout off."""

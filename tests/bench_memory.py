@@ -68,7 +68,8 @@ def peak(net, optimizer, work, targets: int = 0) -> dict[str, float]:
 def measure(cfg, mesh, rows: int, length: int, dtype=torch.bfloat16, recompute=False, cases=("sft", "dpo", "sample")):
     """Case -> GiB by part, on rank 0: a step of SFT on `rows` rows, of DPO on as many pairs, with the optimizer, or as
     many texts sampled, without it. Prompts have half of `length` tokens, and so have responses."""
-    model.attend, model.Rows.attend = model.attend_fused, model.Rows.attend_fused
+    for kind in (model.Rows, model.KVCache):  # as on a GPU
+        kind.attend = kind.attend_fused
     with torch.device("meta"):
         net = Llama(cfg)
     parallelize(net, mesh, dtype, recompute)

@@ -200,7 +200,7 @@ def test_the_kernel_for_gpus_is_asked_for_the_same_attention(examples, pairs, mo
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, tokens.shape[1], 8, generator=g) for heads in (4, 2, 2))
     for _ in range(2):  # the second layer finds the indices ready
-        torch.testing.assert_close(rows.attend_fused(q, k, v), rows.attend(q, k, v))
+        torch.testing.assert_close(rows.attend_fused(0, q, k, v), rows.attend(0, q, k, v))
 
 
 @pytest.mark.parametrize("tokens_at_once", [1, 3, 7])

@@ -28,11 +28,11 @@ import model as model_py
 from model import (
     CONFIGS,
     BadInput,
+    KVCache,
     Llama,
     ModelConfig,
+    Rows,
     Tokenizer,
-    attend,
-    attend_fused,
     gathered,
     load,
     parallelize,
@@ -199,24 +199,50 @@ def test_no_position_sees_the_future(net):
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
 
+def remembering(start, k, v, head=None):
+    """A cache whose rows hold k and v (B, K, S, hd) from the columns `start` on, behind a head (K, P, hd) if any."""
+    cache = KVCache(1, *k.shape[:1], k.shape[2] + 5, k.device)
+    cache.start += torch.tensor(start, device=k.device)
+    cache.put(0, k, v)
+    cache.end = k.shape[2]
+    if head:
+        cache.head = KVCache(1, 1, head[0].shape[1])
+        cache.head.put(0, *(t[None] for t in head))
+        cache.head.end = head[0].shape[1]
+    return cache
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (6, 1)])
-def test_attention_equals_the_fused_kernel_with_and_without_a_mask(heads, kv_heads, device):
-    tolerance = {"atol": 1e-5 if device == "cpu" else 1e-3, "rtol": 0}
+@pytest.mark.parametrize("T, common", [(1, 0), (4, 0), (1, 5), (4, 5)])
+def test_all_ways_to_attend_equal_torchs_own_attention(heads, kv_heads, T, common, device):
+    """Of rows of unlike length in a cache, alone and behind what they have in common."""
     g = torch.Generator().manual_seed(heads)
-    q = torch.randn(2, heads, 5, 8, generator=g)
-    k, v = torch.randn(2, 2, kv_heads, 9, 8, generator=g)
-    mask = torch.rand(2, 5, 9, generator=g) < 0.5
-    mask[..., 0] = True  # every query looks somewhere
-    full = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
-    want = F.scaled_dot_product_attention(q, *full, attn_mask=mask[:, None])
-    got = attend(*(x.to(device) for x in (q, k, v, mask))).cpu()
-    torch.testing.assert_close(got, want, **tolerance)
+    q, k, v = (torch.randn(3, n, t, 8, generator=g) for n, t in ((heads, T), (kv_heads, 9 + T), (kv_heads, 9 + T)))
+    first = torch.randn(2, kv_heads, common, 8, generator=g)
+    column, start = torch.arange(9 + T), torch.tensor([0, 3, 7])
+    mask = (column >= start[:, None, None]) & (column <= 9 + torch.arange(T)[:, None])  # (3, T, 9 + T)
+    keys, values = (torch.cat((f.expand(3, -1, -1, -1), t), 2).repeat_interleave(heads // kv_heads, dim=1)
+                    for f, t in zip(first, (k, v), strict=True))  # fmt: skip
+    want = F.scaled_dot_product_attention(q, keys, values, attn_mask=F.pad(mask, (common, 0), value=True)[:, None])
+    q, k, v, first = (t.to(device) for t in (q, k, v, first))
+    for way in ("attend", "attend_fused"):
+        cache = remembering(start.tolist(), k[:, :, :9], v[:, :, :9], tuple(first) if common else None)
+        assert (cache.look(T).cpu() == common + column[9:] - start[:, None]).all()
+        got = getattr(cache, way)(0, q, k[:, :, 9:], v[:, :, 9:]).cpu()
+        torch.testing.assert_close(got, want, atol=1e-5 if device == "cpu" else 1e-3, rtol=0)
 
-    k, v = k[:, :, :5], v[:, :, :5]
-    full = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
-    want = F.scaled_dot_product_attention(q, *full, is_causal=True)
-    torch.testing.assert_close(attend(*(x.to(device) for x in (q, k, v))).cpu(), want, **tolerance)
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (6, 1)])
+def test_attention_of_equal_rows_without_a_cache_is_causal(heads, kv_heads, device):
+    g = torch.Generator().manual_seed(heads)
+    q, k, v = (torch.randn(2, n, 5, 8, generator=g) for n in (heads, kv_heads, kv_heads))
+    want = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    rows = Rows([(5, 0, 0), (5, 1, 0)], device)
+    got = rows.attend(0, *(t.transpose(0, 1).flatten(1, 2)[None].to(device) for t in (q, k, v)))
+    got = got[0].unflatten(1, (2, 5)).transpose(0, 1).cpu()
+    torch.testing.assert_close(got, want, atol=1e-5 if device == "cpu" else 1e-3, rtol=0)
 
 
 def test_dropout_acts_in_train_mode_only(cfg):
@@ -259,26 +285,12 @@ def test_rows_of_a_cache_are_replaced_dropped_and_widened_without_a_trace(net):
     torch.testing.assert_close(y[0], net(torch.cat((head, a), 1))[0, -2:], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("T", [1, 4])
-def test_all_ways_to_attend_agree_behind_a_shared_head(T):
-    g = torch.Generator().manual_seed(T)
-    q, k, v = (torch.randn(3, n, t, 8, generator=g) for n, t in ((6, T), (2, 9), (2, 9)))
-    first_k, first_v = (torch.randn(2, 5, 8, generator=g) for _ in range(2))
-    mask = torch.rand(3, T, 9, generator=g) < 0.5
-    mask[..., 0] = True
-    head = (first_k.mT.contiguous(), first_v)
-    want = attend(q, torch.cat((first_k.expand(3, -1, -1, -1), k), 2), torch.cat((first_v.expand(3, -1, -1, -1), v), 2),
-                  F.pad(mask, (5, 0), value=True))  # fmt: skip
-    torch.testing.assert_close(attend(q, k, v, mask, head), want, atol=1e-5, rtol=0)
-    torch.testing.assert_close(attend_fused(q, k.mT.contiguous().mT, v, mask, head), want, atol=1e-5, rtol=0)
-
-
 def test_quick_products_are_products_in_fp32():
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(64, 300, generator=g), torch.randn(200, 300, generator=g)
     exact = (x.double() @ w.double().T).float()
     before = torch.backends.mkldnn.matmul.fp32_precision
-    with model_py.quick_products(64):
+    with model_py.quick_products():
         got = F.linear(x, w)
     assert torch.backends.mkldnn.matmul.fp32_precision == before
     assert (got - exact).abs().max() < 1e-4  # in bf16 it would be about 0.1

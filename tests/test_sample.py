@@ -351,18 +351,40 @@ def test_prompts_longer_than_a_piece_are_read_in_pieces(net, tok, lists, monkeyp
     prompts = lists["common"] + lists["nested"]
     keys, knobs = [(i,) for i in range(len(prompts))], {"stop": [2], "max_new": 6, "temperature": 0.8}
     want = generate(net, prompts, keys, **knobs)
-    sizes, real = [], sample.forward
+    sizes, real = [], sample.Decoder.__call__
     monkeypatch.setattr(sample, "PIECE", 12)
-    monkeypatch.setattr(sample, "forward", lambda m, t, c: sizes.append(t.numel()) or real(m, t, c))
+    monkeypatch.setattr(sample.Decoder, "__call__", lambda m, t, c: sizes.append(t.numel()) or real(m, t, c))
     assert generate(net, prompts, keys, **knobs) == want
     assert max(sizes) <= 12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_decoder_computes_what_its_model_does_and_leaves_it_alone(cfg, rows, dtype, monkeypatch):
+    net = random_net(cfg, std=0.1).to(dtype).eval()
+    tokens, tolerance = torch.arange(rows * 7).view(rows, 7) + 5, {"atol": 1e-5 if dtype == torch.float32 else 0.05}
+    places = {name: set(vars(module)) for name, module in net.named_modules()}
+    with torch.no_grad():
+        decoder, want = sample.Decoder(net, rows), net(tokens)[:, -1]
+        assert len(decoder.products) == 4 * cfg.layers + 1
+        plain = []
+        for module in net.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_pre_hook(lambda module, _: plain.append(module))
+        torch.testing.assert_close(decoder(tokens, net.new_cache(rows, 7)), want, rtol=0, **tolerance)
+        assert len(plain) == 2 * cfg.layers + 1, "those of q, k, v, gate and up are not called"
+        assert {name: set(vars(module)) for name, module in net.named_modules()} == places
+        assert torch.equal(net(tokens)[:, -1], want)
+        monkeypatch.setattr(sample, "free_memory", lambda device: 1000)
+        short = sample.Decoder(net, rows)
+        assert not short.products and torch.allclose(short(tokens, net.new_cache(rows, 7)), want, rtol=0, **tolerance)
 
 
 def test_what_all_prompts_begin_with_is_read_once(net, tok, monkeypatch):
     common = tok.chat("Where does the otter live? " * 3)
     prompts = [common + [7 + i] for i in range(20)]
-    fed, real = [], sample.forward
-    monkeypatch.setattr(sample, "forward", lambda m, t, c: fed.append(t.numel()) or real(m, t, c))
+    fed, real = [], sample.Decoder.__call__
+    monkeypatch.setattr(sample.Decoder, "__call__", lambda m, t, c: fed.append(t.numel()) or real(m, t, c))
     out = generate(net, prompts, [(i,) for i in range(20)], stop=[], max_new=1, n=3, temperature=0)
     assert sum(fed) == len(common) + 20
     with torch.no_grad():
