@@ -698,6 +698,12 @@ def warnings(now: dict, before: dict | None = None) -> list[str]:
     return [f"{what}: {x:.1%}, more than {most:.0%}; {remedy}" for x, most, what, remedy in checks if (x or 0) > most]
 
 
+def round_warnings(run: Path, name: str) -> list[str]:
+    """`warnings` of the round that made a model."""
+    before = run / f"M{int(name[1:]) - 1}"
+    return warnings(round_health(run / name), round_health(before) if (before / "pairs.jsonl").exists() else None)
+
+
 def report(run: Path, oracle=None) -> dict:
     """Everything that can be said of a run from its files; head-to-head and true grades need an oracle."""
     config, names = read_json(run / "config.json"), models_of(run)
@@ -909,32 +915,35 @@ def report_run(run: Path, show_id: str | None = None):
     print(f"\nWritten to {run}: report.json, report.md, report.html{without}")
 
 
-def compare_answers(
-    a: Path, b: Path, *, judge_url="", judge_model="", judge_checkpoint: Path | None = None, oracle: Path | None = None,
-    max_tokens=512, cache: Path | None = None, timeout=60.0, parallel=8, out: Path | None = None,
-):  # fmt: skip
-    """Two sets of answers, head to head: by an endpoint, a checkpoint or an oracle."""
+def outcomes(
+    a: dict[tuple, str], b: dict[tuple, str], *, cache: Path, judge_url="", judge_model="",
+    judge_checkpoint: Path | None = None, oracle: Path | None = None, max_tokens=512, timeout=60.0, parallel=8,
+) -> list[dict]:  # fmt: skip
+    """Rows of `compare` or `by_oracle`, by the one judge that is given: an endpoint, a checkpoint or an oracle."""
+    if oracle:
+        return by_oracle(a, b, load_oracle(oracle))
+    if judge_url:
+        params = {"model": judge_model, "temperature": 0, "max_tokens": max_tokens}
+        url = judge_url.rstrip("/")
+        judge = [url, params]
+        ask = partial(ask_endpoint, url=url, params=params, timeout=timeout, parallel=parallel)
+    else:
+        files = sorted(f for f in judge_checkpoint.glob("*") if f.suffix in (".safetensors", ".pth"))
+        judge = [str(judge_checkpoint.resolve()), max_tokens, *(f.stat().st_mtime_ns for f in files)]
+        ask = partial(ask_checkpoint, folder=judge_checkpoint, max_new=max_tokens)
+    return compare(a, b, lambda questions: through_cache(questions, judge, cache, ask))
+
+
+def compare_answers(a: Path, b: Path, *, cache: Path | None = None, out: Path | None = None, **judge):
+    """Two sets of answers, head to head: `judge` is who compares them, as `outcomes` takes it."""
     x, y = read_answers(a), read_answers(b)
     if not x.keys() & y.keys():
         raise BadInput(f"{a} and {b} answer no prompt in common; prompts are matched by their text")
-    if oracle:
-        rows = by_oracle(x, y, load_oracle(oracle))
-    else:
-        if judge_url:
-            params = {"model": judge_model, "temperature": 0, "max_tokens": max_tokens}
-            url = judge_url.rstrip("/")
-            judge = [url, params]
-            ask = partial(ask_endpoint, url=url, params=params, timeout=timeout, parallel=parallel)
-        else:
-            files = sorted(f for f in judge_checkpoint.glob("*") if f.suffix in (".safetensors", ".pth"))
-            judge = [str(judge_checkpoint.resolve()), max_tokens, *(f.stat().st_mtime_ns for f in files)]
-            ask = partial(ask_checkpoint, folder=judge_checkpoint, max_new=max_tokens)
-        cache = cache or a.parent / "judge_cache.jsonl"
-        rows = compare(x, y, lambda questions: through_cache(questions, judge, cache, ask))
+    rows = outcomes(x, y, cache=cache or a.parent / "judge_cache.jsonl", **judge)
     if out:
         write_json(out, rows)
-    h = duel(x, y, rows)
-    print(table(*duels(f"Head to head by {judge_model or judge_checkpoint or oracle}", {f"{a} vs {b}": h})))
+    h, name = duel(x, y, rows), next(judge[k] for k in ("judge_model", "judge_checkpoint", "oracle") if k in judge)
+    print(table(*duels(f"Head to head by {name}", {f"{a} vs {b}": h})))
     print(f"Of {h['prompts']} prompts in common {h['no_verdict']} have no verdict and are not in the table; "
           f"{h['unmatched']} more are in one set only.\n"
           f"Mean length: {h['characters'][0]:.0f} and {h['characters'][1]:.0f} characters.")  # fmt: skip

@@ -11,7 +11,6 @@ Left out: training tricks (train.py), sampling (sample.py), RoPE scaling, biases
 Shapes: B batch, T time, S cached time, D width, H heads, K key/value heads, hd head size, V vocabulary.
 """
 
-import functools
 import json
 import os
 import pickle
@@ -126,34 +125,6 @@ def bias_of(unseen: torch.Tensor, K: int, queries: int, dtype) -> torch.Tensor:
     """(B, T, S), True where a query may not look -> what `attend` adds to the scores (B * K, queries * T, S)."""
     bias = torch.zeros(unseen.shape, dtype=dtype, device=unseen.device).masked_fill_(unseen, float("-inf"))
     return bias[:, None, None].expand(-1, K, queries, -1, -1).reshape(len(bias) * K, -1, bias.shape[2])
-
-
-@functools.cache
-def onednn_is_exact() -> bool:
-    """Are fp32 products by oneDNN, with bf16 allowed to it, still fp32 products? Tried with what bf16 cannot hold."""
-    x, matmul = torch.full((64, 256), 1 + 2**-20), torch.backends.mkldnn.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
-    exact = torch.equal(F.linear(x, torch.eye(256)), x)
-    matmul.fp32_precision = before
-    return exact
-
-
-@contextmanager
-def quick_products():
-    """Large fp32 matrix products go to the faster library of a CPU, at full precision.
-
-    PyTorch leaves them to MKL, which reaches less than half of the speed of some AMD processors. oneDNN does better,
-    and takes them where bf16 arithmetic is allowed to it; a processor without bf16 matrix units (AMX) computes in fp32
-    all the same.
-    """
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    if onednn_is_exact():
-        matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 class Rows:

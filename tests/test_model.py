@@ -285,17 +285,6 @@ def test_rows_of_a_cache_are_replaced_dropped_and_widened_without_a_trace(net):
     torch.testing.assert_close(y[0], net(torch.cat((head, a), 1))[0, -2:], atol=1e-4, rtol=1e-4)
 
 
-def test_quick_products_are_products_in_fp32():
-    g = torch.Generator().manual_seed(0)
-    x, w = torch.randn(64, 300, generator=g), torch.randn(200, 300, generator=g)
-    exact = (x.double() @ w.double().T).float()
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    with model_py.quick_products():
-        got = F.linear(x, w)
-    assert torch.backends.mkldnn.matmul.fp32_precision == before
-    assert (got - exact).abs().max() < 1e-4  # in bf16 it would be about 0.1
-
-
 # ---- text <-> ids
 
 

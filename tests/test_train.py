@@ -570,6 +570,67 @@ def test_operations_are_those_that_torch_counts(world, monkeypatch):
         assert counter.get_total_flops() == sum(train.flops(net, e) for e in examples)
 
 
+# ---- selection of checkpoints ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def judged(world):
+    """The toy data with prompts to validate on and an oracle that likes long answers."""
+    data = world.folder / "judged"
+    shutil.copytree(world.data, data)
+    write_rows(data / "valid.jsonl", [{"prompt": f"Is it {what}?"} for what in ("red", "round", "old", "near")])
+    (data / "oracle.py").write_text("def grade(prompt, response):\n    return len(response) % 6\n")
+    return data
+
+
+@pytest.mark.parametrize("verdicts, taken", [([1, 1, -1, 1], 6), ([0], 2), ([1, 1, 1, 1, 1, 1], -1)])
+def test_dpo_ends_where_answers_to_the_validation_prompts_are_no_longer_better(world, judged, tmp_path, monkeypatch, verdicts, taken):  # fmt: skip  # noqa: E501
+    """A tie is not better. The model is the last that was, to the bit, and what was asked lies there to be read."""
+    copy, seen, left, asked = tmp_path / "run", {}, list(verdicts), []
+
+    def outcomes(a, b, **judge):
+        asked.append((len(a), judge["oracle"]))
+        verdict = left.pop(0)
+        return [{"a": x, "b": b[at], "outcome": verdict} for at, x in a.items()]
+
+    def watch(cfg, mesh, data, model, tok, name, step):
+        seen[step] = {k: p.detach().clone() for k, p in model.named_parameters()}
+        return better(cfg, mesh, data, model, tok, name, step)
+
+    better = train.better
+    monkeypatch.setattr(train, "better", watch)
+    monkeypatch.setattr(judge, "outcomes", outcomes)
+    oracle = judged / "oracle.py"
+    run(world, copy, "--iters", 2, "--batch", 1, "--valid-every", 2, "--evaluator", oracle, data=judged)
+    steps = len(read_rows(copy / "M2" / "pairs.jsonl")) * 3
+    taken = steps if taken == -1 else taken
+    assert asked == [(4, oracle)] * (len(seen) - 1) and max(seen) == min(steps, taken + 2) and steps > 8
+    assert all(torch.equal(p, seen[taken][k]) for k, p in load(copy / "M2")[0].named_parameters())
+    assert any(not torch.equal(p, seen[2][k]) for k, p in seen[max(seen)].items())
+    answers = sorted(p.name for p in (copy / "M2").glob("valid-*.jsonl"))
+    assert answers == sorted(f"valid-{step}.jsonl" for step in seen)
+    assert len(metrics(copy, "M2")) == max(seen)
+
+
+def test_a_run_that_selects_is_the_same_when_it_was_killed_while_it_answered_and_saved(world, judged, tmp_path):
+    flags = ("--iters", 2, "--batch", 1, "--valid-every", 2, "--evaluator", judged / "oracle.py", "--save-every", 3)
+    run(world, tmp_path / "whole", *flags, data=judged)
+    argv = flags_of(world, tmp_path / "killed", *flags, data=judged)
+    for place, what in (("save", "saving"), ("file", "M2/valid-4.jsonl")):
+        died = start(argv, tmp_path / "log", kill=(place, what, 0))
+        assert died.code == -9, died.err
+    assert start(argv, tmp_path / "log").code == 0
+    for path in (p for p in (tmp_path / "whole" / "M2").rglob("*") if p.is_file()):
+        assert path.read_bytes() == (tmp_path / "killed" / "M2" / path.name).read_bytes(), path
+
+
+def test_the_evaluator_of_a_run_is_an_oracle_a_checkpoint_or_an_endpoint():
+    for said, want in (("data/zoo/oracle.py", {"oracle": Path("data/zoo/oracle.py")}),
+                       ("runs/judge", {"judge_checkpoint": Path("runs/judge")}),
+                       ("https://host/v1#gpt", {"judge_url": "https://host/v1", "judge_model": "gpt"})):  # fmt: skip
+        assert train.evaluator(train.Config(evaluator=said)) == want
+
+
 # ---- M_t, its pairs and its reference ----------------------------------------------------------------------
 
 
