@@ -3,10 +3,10 @@ BIN    := .venv/bin
 OUT    ?= runs/zoo
 ARGS   ?=
 
-.PHONY: help setup run test kills lint format reproduce ablations zoo clean
+.PHONY: help setup run test bench bench-train kills lint format reproduce ablations zoo clean
 
 help:  ## show this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 .venv/run: requirements.txt  # a stamp: the runtime packages are in
 	$(PYTHON) -m venv .venv
@@ -17,6 +17,10 @@ help:  ## show this list
 	$(BIN)/pip install -q -r requirements-dev.txt
 	touch $@
 
+.venv/bench: .venv/dev requirements-bench.txt  # a stamp: so are the trainers that ours is measured against
+	$(BIN)/pip install -q -r requirements-bench.txt
+	touch $@
+
 setup: .venv/run  ## make .venv with the five runtime packages
 
 run: .venv/run  ## M0 -> M1 -> M2 -> M3 on the zoo, then the report (OUT=runs/one ARGS="--seed 1" to change it)
@@ -25,6 +29,12 @@ run: .venv/run  ## M0 -> M1 -> M2 -> M3 on the zoo, then the report (OUT=runs/on
 
 test: .venv/dev  ## all tests, on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests $(ARGS)
+
+bench: .venv/dev  ## sampling beside transformers' generate; an hour, or less with ARGS="--only tiny"
+	$(BIN)/python tests/bench_sample.py $(ARGS)
+
+bench-train: .venv/bench  ## training steps and their memory beside transformers and TRL; half an hour
+	$(BIN)/python tests/bench_train.py $(ARGS)
 
 kills: .venv/dev  ## kill -9 the toy run at 20 random moments, on one and on two processes (ARGS="--seed 1"); minutes
 	$(BIN)/python tests/proof_kill.py $(ARGS)

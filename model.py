@@ -134,8 +134,8 @@ class Rows:
     prefix, such as a prompt that it shares, and then itself, causally.
     """
 
-    PIECE = 256  # most queries at once: of the keys, those behind the last of them are not computed
-    SCORES = 1 << 20  # most scores at once for each head, unless one piece has more: they stay in the CPU's caches
+    PIECE = 128  # most queries at once: of the keys, those behind the last of them are not computed
+    SCORES = 1 << 16  # most scores at once for each head, unless one piece has more: they stay in the CPU's caches
 
     def __init__(self, layout: list[tuple[int, int, int]], device):
         self.layout, self.lengths = layout, [n for n, *_ in layout]

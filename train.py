@@ -429,6 +429,17 @@ def better(cfg: Config, mesh, data: dict, model, tok, name: str, step: int) -> b
     return True
 
 
+def check_evaluator(cfg: Config, prompts: list[dict]):
+    """BadInput where a selection of checkpoints is asked for that cannot be made."""
+    if bool(cfg.valid_every) != bool(cfg.evaluator):
+        raise BadInput("--valid-every and --evaluator belong together: how often, and by whom")
+    if cfg.valid_every and not prompts:
+        raise BadInput(f"{Path(cfg.data) / 'valid.jsonl'}: not found; --valid-every needs prompts to answer")
+    place = evaluator(cfg).get("oracle") or evaluator(cfg).get("judge_checkpoint")
+    if cfg.valid_every and place and not place.exists():
+        raise BadInput(f"{place}: not found; --evaluator is an oracle.py, a checkpoint's folder or URL#MODEL")
+
+
 def evaluator(cfg: Config) -> dict:
     """--evaluator as judge.outcomes takes it."""
     if "://" in cfg.evaluator:
@@ -730,12 +741,7 @@ def open_run(cfg: Config) -> dict:
             raise BadInput(f"{data}/eft.jsonl: judgement {number} has no readable `Score: n` at its end; mend it")
     if cfg.writer and not Path(cfg.writer).is_dir():
         raise BadInput(f"{cfg.writer}: no such folder; --writer names the checkpoint that writes the new prompts")
-    if cfg.valid_every:
-        if not found["valid"]:
-            raise BadInput(f"{data / 'valid.jsonl'}: not found; --valid-every needs prompts to answer")
-        place = next(v for k, v in evaluator(cfg).items() if k != "judge_model")
-        if isinstance(place, Path) and not place.exists():
-            raise BadInput(f"{place}: not found; --evaluator is an oracle.py, a checkpoint's folder or URL#MODEL")
+    check_evaluator(cfg, found["valid"])
     for checkpoint in filter(None, (cfg.init, cfg.writer) if cfg.tp > 1 else ()):
         check_tp(read_shape(checkpoint)[0], cfg.tp, checkpoint)
     if not found["eft"]:
@@ -1170,7 +1176,6 @@ def checked(cfg: Config) -> Config:
         (min(cfg.votes, cfg.batch, cfg.sample_batch) >= 1, "votes and batches are at least 1"),
         (cfg.micro_tokens >= 0, "--micro-tokens is at least 1, or 0 for the default"),
         (cfg.valid_every >= 0, "--valid-every counts updates and is at least 1, or 0 to train to the end"),
-        (bool(cfg.valid_every) == bool(cfg.evaluator), "--valid-every and --evaluator belong together"),
         (cfg.control != "positive" or not cfg.valid_every, "--valid-every is for DPO; --control positive has none"),
         ("://" not in cfg.evaluator or "#" in cfg.evaluator, "--evaluator names the model of an endpoint: URL#MODEL"),
         (cfg.save_every >= 1, "--save-every counts updates and is at least 1"),

@@ -83,7 +83,7 @@ def peer_run(model, prompts, new: int, *, cache: str, n: int = 1, batch: int, le
 
 
 def our_run(model, prompts, new: int, *, n: int = 1, batch: int, lengths: list[int] | None = None):
-    """The same by our sampler, `batch` rows at a time."""
+    """The same by our sampler, as many rows at a time."""
     keys, found = [(i,) for i in range(len(prompts))], []
     planted = sample.uniforms, sample.pick
     if lengths:  # a random number of 2 says: end here
@@ -100,7 +100,7 @@ def our_run(model, prompts, new: int, *, n: int = 1, batch: int, lengths: list[i
         sample.uniforms, sample.pick = uniforms, pick
     try:
         began = time.process_time()
-        found = sample.generate(model, prompts, keys, stop=[END] if lengths else [], max_new=new, n=n, batch=batch, **KNOBS)  # fmt: skip  # noqa: E501
+        found = sample.generate(model, prompts, keys, stop=[END] if lengths else [], max_new=new, n=n, batch=n * batch, **KNOBS)  # fmt: skip  # noqa: E501
         seconds = time.process_time() - began
     finally:
         sample.uniforms, sample.pick = planted

@@ -583,7 +583,7 @@ def judged(world):
     return data
 
 
-@pytest.mark.parametrize("verdicts, taken", [([1, 1, -1, 1], 6), ([0], 2), ([1, 1, 1, 1, 1, 1], -1)])
+@pytest.mark.parametrize("verdicts, taken", [([1, 1, -1, 1], 6), ([0], 2), ([1] * 99, -1)])
 def test_dpo_ends_where_answers_to_the_validation_prompts_are_no_longer_better(world, judged, tmp_path, monkeypatch, verdicts, taken):  # fmt: skip  # noqa: E501
     """A tie is not better. The model is the last that was, to the bit, and what was asked lies there to be read."""
     copy, seen, left, asked = tmp_path / "run", {}, list(verdicts), []
@@ -1137,7 +1137,7 @@ EFFECTS = [  # a flag, another value, the first product that must change by it
     ("judge", "M1", "M3/judgements.jsonl"),
 ]
 NO_EFFECT = {"out", "iters", "sample_batch", "micro_tokens", "max_prompt", "save_every"}  # each has a test of its own
-NO_EFFECT |= {"tp", "dp_replicate", "recompute", "offload"}
+NO_EFFECT |= {"tp", "dp_replicate", "recompute", "offload", "valid_every", "evaluator"}
 
 
 @pytest.mark.parametrize("flag, value, product", EFFECTS, ids=[e[0] for e in EFFECTS])
@@ -1265,6 +1265,9 @@ BAD_FLAGS = {
     "torn weights": (["--init", "{tmp}/torn"], ["{tmp}/torn/model.safetensors", "download it again"], 1),
     "another tokenizer": (["--init", "{tmp}/misfit"], ["{tmp}/misfit/tokenizer.model", "420", "421"], 1),
     "no writer": (["--writer", "{tmp}/none"], ["{tmp}/none", "no such folder"], 1),
+    "no evaluator": (["--valid-every", "5"], ["--valid-every and --evaluator belong together"], 1),
+    "no prompts to validate on": (["--valid-every", "5", "--evaluator", "x"], ["valid.jsonl", "not found"], 1),
+    "an endpoint without a model": (["--valid-every", "5", "--evaluator", "https://host/v1"], ["URL#MODEL"], 1),
     "no template": (["--judge-template", "{tmp}/none"], ["{tmp}/none", "not found"], 1),
     "no models": (["--iters", "0"], ["--iters"], 1),
     "one candidate": (["--candidates", "1"], ["--candidates"], 1),
