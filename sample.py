@@ -103,13 +103,15 @@ LOOK = 8  # steps between two looks at the tokens on a GPU, where a look waits f
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that could be had on a device."""
+    """Bytes that this process could have on a device; of a CPU's an equal part of what is there for all."""
     if device.type == "cuda":  # what torch has cached is free as well
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     if os.path.exists("/proc/meminfo"):  # and so are the system's copies of files
         with open("/proc/meminfo") as f:
-            return int(re.search(r"MemAvailable:\s*(\d+)", f.read())[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            free = int(re.search(r"MemAvailable:\s*(\d+)", f.read())[1]) * 1024
+    else:
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's number of processes here
 
 
 def multiply(linears: list[torch.nn.Linear], rows: int) -> Callable:
@@ -137,6 +139,8 @@ class Decoder:
         self.model, self.device, self.products = model, model.embed_tokens.weight.device, []
         usable = self.device.type == "cpu" and torch.backends.mkldnn.is_available()
         usable &= "forward" not in vars(model.lm_head)  # tensor parallel layers have their own
+        half = model.lm_head.weight.dtype != torch.float32
+        usable &= not half or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # by the processor
         if not usable or sum(p.nbytes for p in model.parameters()) > free_memory(self.device) / 2:
             return
         for attention, mlp in ((block.self_attn, block.mlp) for block in model.layers):
@@ -307,11 +311,11 @@ def stream(
                 f"prompt {i} has {len(ids)} tokens; with {max_new} new ones that is more than the context of "
                 f"{model.cfg.max_len}: shorten it or allow fewer new tokens"
             )
+    if not prompts:
+        return
     decoder = Decoder(model, min(batch, len(prompts) * n))
     queue = arrivals(decoder, prompts, keys, n, max_new)
-    first = next(queue, None)
-    if first is None:
-        return
+    first = next(queue)
     count = agree(affordable(first.cache, first.cache.end + max_new + GROW, min(batch, len(prompts) * n)))
     slots, queue = Slots(decoder, count, max_new), chain([first], queue)
     while slots.fill(queue):

@@ -115,7 +115,8 @@ class Config:
     offload: bool = False  # master weights, their gradients and the optimizer's state lie in the CPU's memory
 
 
-FREE = ("out", "iters", "save_every", "tp", "dp_replicate", "recompute", "offload")  # may change between two starts
+# These may change between two starts.
+FREE = ("out", "iters", "save_every", "evaluator", "tp", "dp_replicate", "recompute", "offload")
 CHUNK = 8  # batches of sequences that each process samples between two commits
 ASKED = []  # signals that have asked this process to stop; work in hand is brought to a safe end first
 
@@ -435,9 +436,11 @@ def check_evaluator(cfg: Config, prompts: list[dict]):
         raise BadInput("--valid-every and --evaluator belong together: how often, and by whom")
     if cfg.valid_every and not prompts:
         raise BadInput(f"{Path(cfg.data) / 'valid.jsonl'}: not found; --valid-every needs prompts to answer")
-    place = evaluator(cfg).get("oracle") or evaluator(cfg).get("judge_checkpoint")
-    if cfg.valid_every and place and not place.exists():
-        raise BadInput(f"{place}: not found; --evaluator is an oracle.py, a checkpoint's folder or URL#MODEL")
+    asked = evaluator(cfg) if cfg.valid_every else {}
+    if "oracle" in asked:
+        judge.load_oracle(asked["oracle"])
+    if "judge_checkpoint" in asked:
+        read_shape(asked["judge_checkpoint"])
 
 
 def evaluator(cfg: Config) -> dict:
@@ -489,8 +492,14 @@ def optimize(
     identity = {k: v for k, v in asdict(cfg).items() if k not in FREE} | asdict(model.cfg)
     identity |= {"model": name, "steps": len(plan), "rows": digest(plan, examples)}
     begin = resume(cfg, model, optimizer, identity)
+
+    def looks(step: int) -> bool:
+        return cfg.valid_every > 0 and step % cfg.valid_every == 0
+
     bar = tqdm(total=len(plan), initial=begin, desc=name, unit="step", disable=quiet())
     for step, batch in enumerate(plan[begin:], begin):
+        if step and looks(step) and not better(step):  # after a restart once more: what was answered and said is kept
+            break
         began = time.time()
         cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, len(plan) - warm)))
         rate = lr * min((step + 1) / warm, end + (1 - end) * cosine)
@@ -513,14 +522,14 @@ def optimize(
         if bar.disable:
             shown = " ".join(f"{k} {v:.4g}" for k, v in line.items() if isinstance(v, float))
             log(f"{name} step {step + 1}/{len(plan)} {shown} {sums['tokens'] / seconds:,.0f} tok/s")
-        looked = cfg.valid_every and ((step + 1) % cfg.valid_every == 0 or step + 1 == len(plan))
-        if looked and not better(step + 1):
-            break
         stop = stopping()
-        if stop or (step + 1) % cfg.save_every == 0:
+        if stop or (step + 1) % cfg.save_every == 0 or looks(step + 1):
             checkpoint(cfg, model, optimizer, identity | {"step": step + 1})
         if stop:
             raise Stopped
+    else:
+        if cfg.valid_every:
+            better(len(plan))
     bar.close()
 
 
@@ -609,7 +618,7 @@ def resume(cfg: Config, model, optimizer, identity: dict) -> int:
     name, home = identity["model"], Path(cfg.out) / identity["model"] / "checkpoint"
     step = max(share([int(p.name) for p in home.glob("*") if p.name.isdigit()]), default=0)
     if step:
-        folder, remedy = home / str(step), f"remove {home} to train {name} from its start"
+        folder, remedy = home / str(step), f"remove {home} (and valid-*.jsonl beside it) to train {name} from its start"
         saved = read_json(folder / "training.json")
         if differ := [k for k in identity if identity[k] != saved.get(k)]:
             k = differ[0]
@@ -753,7 +762,7 @@ def open_run(cfg: Config) -> dict:
     mine, saved = asdict(cfg), folder / "config.json"
     if saved.exists():
         other = read_json(saved)
-        differ = [k for k in mine if k not in FREE and mine[k] != other.get(k)]
+        differ = [k for k in mine if k not in FREE and mine[k] != other.get(k, getattr(Config, k))]
         if differ:
             k = differ[0]
             raise BadInput(f"{saved}: this run was made with {k} = {other.get(k)!r}, now it is {mine[k]!r}; give "
@@ -1177,7 +1186,10 @@ def checked(cfg: Config) -> Config:
         (cfg.micro_tokens >= 0, "--micro-tokens is at least 1, or 0 for the default"),
         (cfg.valid_every >= 0, "--valid-every counts updates and is at least 1, or 0 to train to the end"),
         (cfg.control != "positive" or not cfg.valid_every, "--valid-every is for DPO; --control positive has none"),
-        ("://" not in cfg.evaluator or "#" in cfg.evaluator, "--evaluator names the model of an endpoint: URL#MODEL"),
+        (
+            "://" not in cfg.evaluator or re.fullmatch(r"https?://[^#]+#.+", cfg.evaluator),
+            "--evaluator names an endpoint and its model: https://host/v1#MODEL",
+        ),
         (cfg.save_every >= 1, "--save-every counts updates and is at least 1"),
         (cfg.eft_size >= 0, "--eft-size is a number of rows, or 0"),
         (min(cfg.sft_epochs, cfg.dpo_epochs) >= 1, "epochs are at least 1"),

@@ -1267,7 +1267,11 @@ BAD_FLAGS = {
     "no writer": (["--writer", "{tmp}/none"], ["{tmp}/none", "no such folder"], 1),
     "no evaluator": (["--valid-every", "5"], ["--valid-every and --evaluator belong together"], 1),
     "no prompts to validate on": (["--valid-every", "5", "--evaluator", "x"], ["valid.jsonl", "not found"], 1),
-    "an endpoint without a model": (["--valid-every", "5", "--evaluator", "https://host/v1"], ["URL#MODEL"], 1),
+    "an endpoint without a model": (
+        ["--valid-every", "5", "--evaluator", "https://host/v1"],
+        ["https://host/v1#MODEL"],
+        1,
+    ),
     "no template": (["--judge-template", "{tmp}/none"], ["{tmp}/none", "not found"], 1),
     "no models": (["--iters", "0"], ["--iters"], 1),
     "one candidate": (["--candidates", "1"], ["--candidates"], 1),
