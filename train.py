@@ -181,7 +181,7 @@ def seed_sft(cfg: Config, mesh, data: dict, name: str, rows: list[dict]):
         pack=lambda rows: collate(rows, mesh.device_type), loss=sft_loss, units=lambda row: len(row[1]),
         lr=cfg.sft_lr, end=0.2,
     )  # fmt: skip
-    save(model, tok, Path(cfg.out) / name, getattr(torch, cfg.save_dtype), write=dist.get_rank() == 0)
+    save_model(cfg, model, tok, name)
 
 
 def write_eft(cfg: Config, mesh, data: dict) -> list[dict]:
@@ -389,7 +389,7 @@ def train_dpo(cfg: Config, mesh, data: dict, start: str, end: str):
         units=lambda row: 1, lr=cfg.dpo_lr, end=0.1, better=partial(better, cfg, mesh, data, model, tok, end),
     )  # fmt: skip
     if not cfg.valid_every:
-        save(model, tok, Path(cfg.out) / end, getattr(torch, cfg.save_dtype), write=dist.get_rank() == 0)
+        save_model(cfg, model, tok, end)
     elif dist.get_rank() == 0:  # the last that was better than the one before
         for file in sorted((Path(cfg.out) / end / "selected").iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, Path(cfg.out) / end / file.name)
@@ -423,7 +423,7 @@ def better(cfg: Config, mesh, data: dict, model, tok, name: str, step: int) -> b
     if any(h["win"] <= h["lose"] for h in share(verdict)):
         log(f"{name}: no longer better, so the model after {earlier} updates is taken")
         return False
-    save(model, tok, folder / "saving", getattr(torch, cfg.save_dtype), write=dist.get_rank() == 0)
+    save_model(cfg, model, tok, f"{name}/saving")
     if dist.get_rank() == 0:
         shutil.rmtree(folder / "selected", ignore_errors=True)
         os.replace(folder / "saving", folder / "selected")
@@ -719,11 +719,16 @@ def check_start(cfg: Config, mesh, model, examples, batch: list[int], start: str
 # ---- files of the run --------------------------------------------------------------------------------------
 
 
-def open_run(cfg: Config) -> dict:
-    """Read all the run needs before anything costs time; refuse an --out that belongs to another configuration."""
-    folder, data = Path(cfg.out), Path(cfg.data)
+def data_folder(cfg: Config) -> Path:
+    data = Path(cfg.data)
     if not data.is_dir():
         raise BadInput(f"{data}: no such folder; --data names a folder with ift.jsonl, judge.txt and propose.txt")
+    return data
+
+
+def open_run(cfg: Config) -> dict:
+    """Read all the run needs before anything costs time; refuse an --out that belongs to another configuration."""
+    folder, data = Path(cfg.out), data_folder(cfg)
     texts = {}
     template = Path(cfg.judge_template or data / "judge.txt")
     for path in (template, data / "propose.txt"):
@@ -906,6 +911,11 @@ def open_model(cfg: Config, mesh, folder):
     return model.eval(), tok
 
 
+def save_model(cfg: Config, model, tok, name: str):
+    """Write a checkpoint into the run folder; all ranks call this, the first writes."""
+    save(model, tok, Path(cfg.out) / name, getattr(torch, cfg.save_dtype), write=dist.get_rank() == 0)
+
+
 def share(rows: list) -> list:
     """Everybody's rows to everybody."""
     parts = [None] * dist.get_world_size()
@@ -1048,9 +1058,7 @@ def seed_sizes(cfg: Config, tok=None) -> dict[str, list[int]]:
 
     Rows that the run itself makes of eft_ranked.jsonl count as empty ones here: `workload` knows how long they may be.
     """
-    data = Path(cfg.data)
-    if not data.is_dir():
-        raise BadInput(f"{data}: no such folder; --data names a folder with ift.jsonl, judge.txt and propose.txt")
+    data = data_folder(cfg)
     path = Path(cfg.judge_template or data / "judge.txt")
     template = path.read_text(encoding="utf-8") if path.exists() else ""
 
