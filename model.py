@@ -21,6 +21,7 @@ from fnmatch import fnmatch
 from functools import partial
 from itertools import accumulate, groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import sentencepiece
 import torch
@@ -102,23 +103,19 @@ def rotate(x, cos, sin):
     return torch.addcmul(h * cos, h.roll(x.shape[-1] // 2, dims=-1), sin).type_as(x)
 
 
-def attend(q, k, v, bias, head=None):
-    """Softmax attention by plain products: q (N, T, hd), k (N, hd, S) and v (N, S, hd) -> (N, T, hd).
+def attend(q, k, v, bias, share: bool = False):
+    """Softmax attention by plain products: q (N, T, hd), k and v (N, S, hd) -> (N, T, hd).
 
     N counts rows times K; the query heads of a group are queries of one product. bias (N, 1 or T, S): 0 where a query
-    may look and -inf elsewhere. head: keys (K, hd, P) and values (K, P, hd) that all rows look at first. On a CPU this
-    is faster than the fused kernel at the sizes that a CPU can train, on a GPU where there is one query a row.
+    may look and -inf elsewhere. On a CPU this trains faster than the fused kernel at the sizes that a CPU can train.
+    share: also the logarithm of the sum of exp(scores), (N, T, 1). By it the same queries' attention to several sets
+    of keys can be put together.
     """
-    (N, T, hd), q = q.shape, q * q.shape[-1] ** -0.5
-    scores = torch.baddbmm(bias, q, k)  # (N, T, S)
-    if head is None:
-        return scores.softmax(dim=-1) @ v
-    K, _, P = head[0].shape
-    shared = q.view(-1, K, T, hd).transpose(0, 1).reshape(K, -1, hd) @ head[0]  # (K, B * T, P): read once for all rows
-    shared = shared.view(K, -1, T, P).transpose(0, 1).reshape(N, T, P)
-    weights = torch.cat((shared, scores), dim=-1).softmax(dim=-1)  # (N, T, P + S)
-    shared = weights[..., :P].view(-1, K, T, P).transpose(0, 1).reshape(K, -1, P) @ head[1]  # (K, B * T, hd)
-    return shared.view(K, -1, T, hd).transpose(0, 1).reshape(N, T, hd).baddbmm_(weights[..., P:], v)
+    scores = torch.baddbmm(bias, q * q.shape[-1] ** -0.5, k.mT)  # (N, T, S)
+    weights = scores.softmax(dim=-1)
+    if not share:
+        return weights @ v
+    return weights @ v, scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
 
 
 def bias_of(unseen: torch.Tensor, K: int, queries: int, dtype) -> torch.Tensor:
@@ -155,8 +152,7 @@ class Rows:
         for queries, keys, bias in self.batches:
             (B, t), S = queries.shape, keys.shape[1]
             qs = F.embedding(queries, q).view(B, t, K, H // K, hd).permute(0, 2, 3, 1, 4).reshape(B * K, -1, hd)
-            ks = F.embedding(keys, k).view(B, S, K, hd).permute(0, 2, 3, 1).reshape(B * K, hd, S)
-            vs = F.embedding(keys, v).view(B, S, K, hd).transpose(1, 2).reshape(B * K, S, hd)
+            ks, vs = (F.embedding(keys, x).view(B, S, K, hd).transpose(1, 2).reshape(B * K, S, hd) for x in (k, v))
             found = attend(qs, ks, vs, bias).view(B, K, H // K, t, hd)
             out.append(found.permute(0, 3, 1, 2, 4).reshape(B * t, H * hd))
         return F.embedding(self.back, torch.cat(out)).view(1, T, H, hd).transpose(1, 2)
@@ -205,80 +201,141 @@ class Rows:
         return varlen_attn(q, k, v, *where, window_size=causal).transpose(0, 1)[None]
 
 
+class Kin(NamedTuple):
+    """A cache whose rows are continued by those of another, of which there are B."""
+
+    cache: "KVCache"
+    rows: torch.Tensor  # (B,), the row of it that each goes on from
+    grid: torch.Tensor  # (R, g), those that go on from each of its first R rows; places that are left over hold 0
+    nth: torch.Tensor  # (B,), the place of each in its row of the grid
+
+    def held(self, t):
+        """Its keys or values, (R * K, S, hd)."""
+        return t[: len(self.grid), :, : self.cache.end].flatten(0, 1)
+
+    def deal(self, x):
+        """What each of our rows has, by the row that it goes on from: (B, K, G, n) -> (R * K, g * G, n)."""
+        K, (R, g) = x.shape[1], self.grid.shape
+        x = x[None] if R == 1 else x[self.grid]  # (R, g, K, G, n)
+        return x.transpose(1, 2).reshape(R * K, g * x.shape[3], -1)
+
+    def collect(self, x, K: int):
+        """The way back: (R * K, g * G, n) -> (B, K, G, n)."""
+        (R, g), n = self.grid.shape, x.shape[2]
+        x = x.view(R, K, g, -1, n)
+        return x[0].transpose(0, 1) if R == 1 else x[self.rows, :, self.nth]
+
+
 class KVCache:
     """Keys and values of some rows, all layers. Row b lies in the columns from start[b] to `end`: all end together.
 
     So a step writes one column and not one place a row. Before its start a row holds rubbish that nothing looks at.
-    `head` is a cache of one row which all rows go on from: what they have in common, held and read once. Keys are
-    kept as (B, K, hd, columns), as the products of a step want them.
+    With a parent, row b goes on from row of[b] of that cache, which may have a parent itself. What many rows have in
+    common (a prompt that several samples answer, a template that all prompts begin with) is held and read once.
     """
 
-    def __init__(self, layers: int, rows: int, columns: int, device=None, head: "KVCache | None" = None):
-        self.columns, self.head, self.end = columns, head, 0
-        self.start = torch.zeros(rows, dtype=torch.long, device=device)
-        self.k: list[torch.Tensor | None] = [None] * layers  # (B, K, hd, columns)
-        self.v: list[torch.Tensor | None] = [None] * layers  # (B, K, columns, hd)
+    def __init__(self, layers: int, rows: int, columns: int, device=None, parent: "KVCache | None" = None):
+        self.columns, self.parent, self.end = columns, parent, 0
+        self.start, self.of = torch.zeros(2, rows, dtype=torch.long, device=device)
+        self.k: list[torch.Tensor | None] = [None] * layers  # (B, K, columns, hd)
+        self.v: list[torch.Tensor | None] = [None] * layers
+        self.kin: list[Kin] | None = None  # parent, its parent and so on; None where they must be looked for
+
+    def adopt(self, rows: torch.Tensor, of: torch.Tensor):
+        """Our `rows` become empty and go on from the rows `of` of the parent, which has changed."""
+        self.start[rows], self.of[rows], self.kin = self.end, of, None
+
+    def find_kin(self):
+        self.kin, rows, cache = [], self.of, self.parent
+        self.before = 0  # (B, 1), tokens that a row goes on from
+        while cache:
+            held = rows.tolist()
+            groups, nth = [[] for _ in range(max(held) + 1)], []
+            for b, row in enumerate(held):
+                nth.append(len(groups[row]))
+                groups[row].append(b)
+            most = max(map(len, groups))
+            grid = [group + [0] * (most - len(group)) for group in groups]
+            self.kin.append(Kin(cache, rows, *(torch.tensor(t, device=rows.device) for t in (grid, nth))))
+            self.before = self.before + (cache.end - cache.start[rows])[:, None]
+            rows, cache = cache.of[rows], cache.parent
 
     def look(self, T: int) -> torch.Tensor:
         """The positions (B, T) of the next T tokens of all rows, which `attend` is now about to be given."""
+        if self.kin is None:
+            self.find_kin()
         columns = torch.arange(self.end + T, device=self.start.device)
         own = columns[self.end :]
         first = torch.minimum(self.start[:, None], own)  # padding sees itself: to see nothing is to be NaN
-        self.unseen, self.bias = (columns < first[..., None]) | (columns > own[:, None]), None  # (B, T, S)
-        return own - self.start[:, None] + (self.head.end if self.head else 0)
+        self.unseen, self.masks = (columns < first[..., None]) | (columns > own[:, None]), None  # (B, T, S)
+        return own - self.start[:, None] + self.before
 
     def attend(self, layer: int, q, k, v):
         """Attention of new tokens, whose k and v are kept: q (B, H, T, hd), k and v (B, K, T, hd) -> (B, H, T, hd)."""
-        if q.is_cuda and q.shape[2] > 1:
+        if q.shape[2] > 1:
             return self.attend_fused(layer, q, k, v)
-        (B, H, T, hd), K = q.shape, k.shape[1]
-        k, v = self.put(layer, k, v)
-        if self.bias is None:  # the same in all layers
-            self.bias = bias_of(self.unseen, K, H // K if T > 1 else 1, q.dtype)
-        head = self.head and (self.head.k[layer][0], self.head.v[layer][0])
-        return attend(q.reshape(B * K, -1, hd), k.flatten(0, 1), v.flatten(0, 1), self.bias, head).view(B, H, T, hd)
+        (B, H, _, hd), K = q.shape, k.shape[1]
+        k, v = self.put(layer, k, v)  # (B, K, S, hd)
+        if self.masks is None:  # the same in all layers
+            self.masks = [bias_of(self.unseen, K, 1, q.dtype)]
+            self.masks += [bias_of(kin.cache.padding()[: len(kin.grid), None], K, 1, q.dtype) for kin in self.kin]
+        q = q.view(B, K, H // K, hd)  # the query heads of a group are queries of one product
+        own = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), self.masks[0]
+        if not self.kin:
+            return attend(*own).view(B, H, 1, hd)
+        parts = [[t.view(B, K, H // K, -1) for t in attend(*own, share=True)]]
+        for kin, bias in zip(self.kin, self.masks[1:], strict=True):
+            found = attend(kin.deal(q), kin.held(kin.cache.k[layer]), kin.held(kin.cache.v[layer]), bias, share=True)
+            parts.append([kin.collect(t, K) for t in found])
+        found, shares = map(torch.stack, zip(*parts, strict=True))  # (parts, B, K, H / K, hd or 1)
+        return (found * shares.softmax(0)).sum(0).view(B, H, 1, hd)
 
     def attend_fused(self, layer: int, q, k, v):
-        """The same by PyTorch's fused kernel, which never holds the (T, S) weights."""
+        """The same by PyTorch's fused kernel, which never holds the (T, S) weights but wants all keys in one piece."""
         k, v = self.put(layer, k, v)
-        if self.head:
-            k, v = (torch.cat((t.expand(len(q), -1, -1, -1), own), dim)
-                    for t, own, dim in ((self.head.k[layer], k, 3), (self.head.v[layer], v, 2)))  # fmt: skip
-        mask = F.pad(~self.unseen, (v.shape[2] - self.unseen.shape[2], 0), value=True)[:, None]
-        return F.scaled_dot_product_attention(q, k.mT.contiguous(), v, mask, enable_gqa=q.shape[1] != k.shape[1])
+        for kin in self.kin:
+            theirs = (t[layer][:, :, : kin.cache.end].index_select(0, kin.rows) for t in (kin.cache.k, kin.cache.v))
+            k, v = (torch.cat(both, 2) for both in zip(theirs, (k, v), strict=True))
+        if self.masks is None:
+            seen = [~kin.cache.padding()[kin.rows][:, None].expand(-1, q.shape[2], -1) for kin in self.kin[::-1]]
+            self.masks = torch.cat((*seen, ~self.unseen), dim=-1)[:, None]  # (B, 1, T, S)
+        return F.scaled_dot_product_attention(q, k, v, self.masks, enable_gqa=q.shape[1] != k.shape[1])
+
+    def padding(self) -> torch.Tensor:
+        """(B, S), True before the start of a row."""
+        return torch.arange(self.end, device=self.start.device) < self.start[:, None]
 
     def put(self, layer: int, k, v) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k and v (B, K, T, hd) in the next columns; keys (B, K, hd, S) and values (B, K, S, hd) so far."""
-        if self.k[layer] is None:
-            B, K, _, hd = k.shape
-            self.k[layer], self.v[layer] = k.new_zeros(B, K, hd, self.columns), v.new_zeros(B, K, self.columns, hd)
+        """Store k and v (B, K, T, hd) in the next columns; all so far, (B, K, S, hd)."""
         S = self.end + k.shape[2]
-        self.k[layer][..., self.end : S] = k.transpose(2, 3)
-        self.v[layer][:, :, self.end : S] = v
-        return self.k[layer][..., :S], self.v[layer][:, :, :S]
+        for ours, new in ((self.k, k), (self.v, v)):
+            if ours[layer] is None:
+                ours[layer] = new.new_empty(*new.shape[:2], self.columns, new.shape[3])
+            ours[layer][:, :, self.end : S] = new
+        return self.k[layer][:, :, :S], self.v[layer][:, :, :S]
 
     def resize(self, rows, width: int, columns: int):
         """Keep `rows` (an index or a slice) and the last `width` columns, and have room for `columns`."""
         kept = slice(self.end - width, self.end)
-        for i, (k, v) in enumerate(zip(self.k, self.v, strict=True)):
-            self.k[i] = k.new_empty(len(self.start[rows]), *k.shape[1:3], columns)
-            self.v[i] = v.new_empty(len(self.start[rows]), v.shape[1], columns, v.shape[3])
-            self.k[i][..., :width], self.v[i][:, :, :width] = k[..., kept][rows], v[:, :, kept][rows]
-            self.k[i][..., width:], self.v[i][:, :, width:] = 0, 0
-        self.start = (self.start[rows] - kept.start).clamp(min=0)
+        for ours in (self.k, self.v):
+            for i, t in enumerate(ours):
+                if t is not None:  # else nothing has been put there
+                    ours[i] = t.new_empty(len(self.start[rows]), t.shape[1], columns, t.shape[3])
+                    ours[i][:, :, :width] = t[:, :, kept][rows]
+        self.start, self.of, self.kin = (self.start[rows] - kept.start).clamp(min=0), self.of[rows], None
         self.columns, self.end = columns, width
 
-    def replace(self, rows: torch.Tensor, other: "KVCache", index: torch.Tensor):
-        """Our `rows` become copies of the other cache's rows `index`, which are not longer than the longest of ours."""
+    def replace(self, rows: torch.Tensor, index: torch.Tensor, other: "KVCache"):
+        """Our `rows` become copies of another cache's rows `index`, none longer than the longest of ours."""
         width = min(self.end, other.end)
-        ours, theirs = slice(self.end - width, self.end), slice(other.end - width, other.end)
-        for i, (k, v) in enumerate(zip(other.k, other.v, strict=True)):
-            if self.k[i] is None:
-                self.k[i] = k.new_zeros(len(self.start), *k.shape[1:3], self.columns)
-                self.v[i] = v.new_zeros(len(self.start), v.shape[1], self.columns, v.shape[3])
-            self.k[i][rows, ..., ours] = k[index][..., theirs]
-            self.v[i][rows, :, ours] = v[index][:, :, theirs]
+        places, theirs = slice(self.end - width, self.end), slice(other.end - width, other.end)
+        for ours, source in ((self.k, other.k), (self.v, other.v)):
+            for i, t in enumerate(source):
+                if ours[i] is None:  # what lies before the start of a row must be finite: 0 times it is added
+                    ours[i] = t.new_zeros(len(self.start), t.shape[1], self.columns, t.shape[3])
+                ours[i][rows, :, places] = t[index][:, :, theirs]
         self.start[rows] = other.start[index] + self.end - other.end
+        self.of[rows], self.kin = other.of[index], None
 
 
 class Attention(nn.Module):
@@ -374,8 +431,8 @@ class Llama(nn.Module):
         x = self.norm(x).view(*shape, -1)
         return self.lm_head(x).float() if readout is None else readout(x, self.lm_head)
 
-    def new_cache(self, rows: int, columns: int, head: KVCache | None = None) -> KVCache:
-        return KVCache(self.cfg.layers, rows, columns, self.embed_tokens.weight.device, head)
+    def new_cache(self, rows: int, columns: int, parent: KVCache | None = None) -> KVCache:
+        return KVCache(self.cfg.layers, rows, columns, self.embed_tokens.weight.device, parent)
 
 
 # ---- text <-> ids, and the one chat format -----------------------------------------------------------------

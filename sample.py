@@ -87,7 +87,7 @@ def pick(logits, u, temperature: float, top_p: float):
         for i in range(TRIES):
             probs = probs if i + 1 < TRIES else nucleus(probs, top_p)
             ids[rest] = draw(probs, u[rest, i])
-            above = (probs * (probs > probs.gather(-1, ids[rest, None]))).sum(-1)
+            above = torch.where(probs > probs.gather(-1, ids[rest, None]), probs, 0).sum(-1)
             rest, probs = rest[above >= top_p], probs[above >= top_p]
             if not len(rest):
                 break
@@ -181,7 +181,7 @@ def read(decoder: Decoder, texts: list[list[int]], head: KVCache | None = None):
 class Arrival(NamedTuple):
     """A sample whose prompt has been read."""
 
-    row: int
+    row: int  # i * n + k: sample k of prompt i
     cache: KVCache
     index: int  # its row there
     logits: torch.Tensor  # (V,), of its first token
@@ -203,61 +203,118 @@ def arrivals(decoder: Decoder, prompts, keys, n: int, max_new: int) -> Iterator[
         at += len(group)
 
 
-def affordable(cache: KVCache, columns: int, rows: int) -> int:
-    """As many of `rows` rows of `columns` columns as half of the free memory holds; at least one."""
-    column = sum(t.nbytes for t in (*cache.k, *cache.v)) / (len(cache.start) * cache.columns)
-    fit = max(1, int(free_memory(cache.start.device) / 2 / (column * columns)))
-    if fit < rows:
-        warnings.warn(f"memory holds keys and values of {fit} samples side by side, not {rows}", stacklevel=3)
-    return min(fit, rows)
-
-
 class Slots:
-    """Samples in the making, side by side: slot s is row s of the cache, of the logits and of the random numbers."""
+    """Samples in the making, side by side: slot s is row s of the cache, of the logits and of the random numbers.
 
-    def __init__(self, decoder: Decoder, count: int, max_new: int):
-        device = decoder.device
-        self.decoder, self.cache, self.max_new = decoder, None, max_new
+    Where prompts are long, those of the samples lie in a cache of their own, each of them once: `prompts`.
+    """
+
+    def __init__(self, decoder: Decoder, queue: Iterator[Arrival], n: int, max_new: int):
+        self.decoder, self.queue, self.n, self.max_new = decoder, queue, n, max_new
+        self.waiting = next(queue)  # the next sample to have a slot
+        self.width, self.shared = self.waiting.cache.end, n > 1 and self.waiting.cache.end >= SHARED
+        self.prompts, self.places, self.left = None, {}, Counter()  # prompt -> its row there, its samples to come
+
+    def columns(self, count: int) -> int:
+        """How many columns all caches of `count` slots have at most."""
+        own = count * (self.max_new + GROW)
+        return own + self.width * (self.places_for(count) if self.shared else count)
+
+    def places_for(self, count: int) -> int:
+        return -(-5 * count // (4 * self.n))  # some more than needed: samples of a prompt do not end together
+
+    def affordable(self, count: int) -> int:
+        """As many of `count` slots as half of the free memory holds; at least one."""
+        read = self.waiting.cache
+        column = sum(t.nbytes for t in (*read.k, *read.v)) / (len(read.start) * read.columns)
+        room, fit = free_memory(self.decoder.device) / 2, count
+        while fit > 1 and column * self.columns(fit) > room:
+            fit = max(1, min(fit - 1, int(room / column * fit / self.columns(fit))))
+        if fit < count:
+            warnings.warn(f"memory holds keys and values of {fit} samples side by side, not {count}", stacklevel=3)
+        return fit
+
+    def open(self, count: int):
+        device, new_cache = self.decoder.device, self.decoder.model.new_cache
         self.rows, self.said = [None] * count, [0] * count  # whose slot it is (None: free), how many tokens it has
-        self.logits = torch.zeros(count, decoder.model.cfg.vocab_size, device=device)  # of the next token
-        self.u = torch.zeros(count, max_new, TRIES, device=device)
+        self.logits = torch.zeros(count, self.decoder.model.cfg.vocab_size, device=device)  # of the next token
+        self.u = torch.zeros(count, self.max_new, TRIES, device=device)
         self.at = torch.zeros(count, dtype=torch.long, device=device)  # the next of these
+        if self.shared:
+            self.prompts = new_cache(self.places_for(count), self.width, self.waiting.cache.parent)
+            self.prompts.end = self.width
 
     def taken(self) -> list[int]:
         return [s for s, row in enumerate(self.rows) if row is not None]
 
-    def fill(self, queue: Iterator[Arrival]) -> bool:
+    def end(self, s: int):
+        """The sample in slot s is complete. With the last one of its prompt, that goes too."""
+        prompt, self.rows[s] = self.rows[s] // self.n, None
+        self.left[prompt] -= 1
+        if not self.left[prompt]:
+            self.places.pop(prompt, None)
+
+    def fill(self) -> bool:
         """Free slots go to the queue, or are dropped when it is empty, once they are worth the trouble."""
         free = [s for s, row in enumerate(self.rows) if row is None]
         if 16 * len(free) > len(self.rows):
-            new = list(islice(queue, len(free)))
-            if new and len(free) == len(self.rows):  # nobody's columns are in use
-                self.cache = self.decoder.model.new_cache(len(free), new[0].cache.end + GROW, new[0].cache.head)
-                self.cache.end = new[0].cache.end
-            for source, group in groupby(new, key=lambda arrival: arrival.cache):
-                group = list(group)
-                self.admit(free[: len(group)], source, group)
-                free = free[len(group) :]
-            if not new and 8 * len(free) > len(self.rows):
+            if len(free) == len(self.rows) and self.waiting:  # nobody's columns are in use
+                width = 0 if self.shared else self.waiting.cache.end
+                parent = self.prompts if self.shared else self.waiting.cache.parent
+                self.cache = self.decoder.model.new_cache(len(free), width + GROW, parent)
+                self.cache.end = width
+            new = self.take(len(free))
+            self.admit(free[: len(new)], new)
+            if not self.waiting and 8 * (len(free) - len(new)) > len(self.rows):
                 self.keep(self.taken())
         return bool(self.rows)
 
-    def admit(self, slots: list[int], source: KVCache, new: list[Arrival]):
-        to = torch.tensor(slots, device=self.at.device)
-        self.cache.replace(to, source, torch.tensor([a.index for a in new], device=to.device))
+    def take(self, count: int) -> list[Arrival]:
+        """At most `count` samples from the queue, if there is a place for their prompts."""
+        new, places = [], len(self.prompts.start) - len(self.places) if self.shared else count
+        while self.waiting and len(new) < count and (places or self.waiting.row % self.n):
+            places -= self.waiting.row % self.n == 0
+            new.append(self.waiting)
+            self.waiting = next(self.queue, None)
+        return new
+
+    def admit(self, slots: list[int], new: list[Arrival]):
+        if not new:
+            return
+        to, firsts = torch.tensor(slots, device=self.at.device), [a for a in new if a.row % self.n == 0]
+        self.left.update({a.row // self.n: self.n for a in firsts})
+        if self.shared:
+            free = (r for r in range(len(self.prompts.start)) if r not in self.places.values())
+            places = list(islice(free, len(firsts)))
+            self.places |= {a.row // self.n: r for a, r in zip(firsts, places, strict=True)}
+            self.copy(self.prompts, places, firsts)
+            self.cache.adopt(to, torch.tensor([self.places[a.row // self.n] for a in new], device=to.device))
+        else:
+            self.copy(self.cache, slots, new)
         self.logits[to] = torch.stack([a.logits for a in new])
         self.u[to], self.at[to] = torch.stack([a.u for a in new]).to(to.device), 0
         for s, a in zip(slots, new, strict=True):
             self.rows[s], self.said[s] = a.row, 0
 
+    def copy(self, cache: KVCache, rows: list[int], new: list[Arrival]):
+        """What was read of their prompts becomes these rows of the cache."""
+        for source, group in groupby(zip(rows, new, strict=True), key=lambda both: both[1].cache):
+            to, index = zip(*((row, a.index) for row, a in group), strict=True)
+            cache.replace(*(torch.tensor(t, device=self.at.device) for t in (to, index)), source)
+
     def keep(self, slots: list[int]):
-        """Go on with these slots only."""
+        """Go on with these slots only, when none is waiting."""
         index = torch.tensor(slots, dtype=torch.long, device=self.at.device)
         self.rows, self.said = [self.rows[s] for s in slots], [self.said[s] for s in slots]
         self.logits, self.u, self.at = self.logits[index], self.u[index], self.at[index]
-        if slots:
-            width = self.cache.end - int(self.cache.start[index].min())
-            self.cache.resize(index, width, width + GROW)
+        if not slots:
+            return
+        width = self.cache.end - int(self.cache.start[index].min())
+        self.cache.resize(index, width, width + GROW)
+        if self.shared:
+            used, self.cache.of = self.cache.of.unique(return_inverse=True)
+            width = self.prompts.end - int(self.prompts.start[used].min())
+            self.prompts.resize(used, width, width)
 
     def step(self):
         """One token more behind what was drawn last: new logits."""
@@ -313,12 +370,11 @@ def stream(
             )
     if not prompts:
         return
-    decoder = Decoder(model, min(batch, len(prompts) * n))
-    queue = arrivals(decoder, prompts, keys, n, max_new)
-    first = next(queue)
-    count = agree(affordable(first.cache, first.cache.end + max_new + GROW, min(batch, len(prompts) * n)))
-    slots, queue = Slots(decoder, count, max_new), chain([first], queue)
-    while slots.fill(queue):
+    count = min(batch, len(prompts) * n)
+    decoder = Decoder(model, count)
+    slots = Slots(decoder, arrivals(decoder, prompts, keys, n, max_new), n, max_new)
+    slots.open(agree(slots.affordable(count)))
+    while slots.fill():
         for tokens in slots.draw(temperature, top_p):
             taken = slots.taken()
             rows, drawn = [slots.rows[s] for s in taken], [tokens[s] for s in taken]
@@ -329,7 +385,7 @@ def stream(
             for s, token in zip(taken, drawn, strict=True):
                 slots.said[s] += 1
                 if token in stop or slots.said[s] == max_new:
-                    slots.rows[s] = None
+                    slots.end(s)
         if slots.taken():
             slots.step()
 

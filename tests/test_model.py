@@ -206,9 +206,9 @@ def remembering(start, k, v, head=None):
     cache.put(0, k, v)
     cache.end = k.shape[2]
     if head:
-        cache.head = KVCache(1, 1, head[0].shape[1])
-        cache.head.put(0, *(t[None] for t in head))
-        cache.head.end = head[0].shape[1]
+        cache.parent = KVCache(1, 1, head[0].shape[1], k.device)
+        cache.parent.put(0, *(t[None] for t in head))
+        cache.parent.end = head[0].shape[1]
     return cache
 
 
@@ -275,7 +275,7 @@ def test_rows_of_a_cache_are_replaced_dropped_and_widened_without_a_trace(net):
     net(torch.cat((a[:, :6], b[:, :6])), cache)
     late = net.new_cache(1, 4, shared)
     net(c[:, :4], late)
-    cache.replace(torch.tensor([1]), late, torch.tensor([0]))
+    cache.replace(torch.tensor([1]), torch.tensor([0]), late)
     cache.resize(slice(None), 6, 9)
     y = net(torch.cat((a[:, 6:7], c[:, 4:5])), cache)
     torch.testing.assert_close(y[0, 0], net(torch.cat((head, a[:, :7]), 1))[0, -1], atol=1e-4, rtol=1e-4)
@@ -283,6 +283,36 @@ def test_rows_of_a_cache_are_replaced_dropped_and_widened_without_a_trace(net):
     cache.resize(torch.tensor([0]), 7, 9)
     y = net(a[:, 7:], cache)
     torch.testing.assert_close(y[0], net(torch.cat((head, a), 1))[0, -2:], atol=1e-4, rtol=1e-4)
+
+
+def test_samples_that_share_a_prompt_behind_a_head_see_all_of_it(net):
+    """Five rows go on from two prompts of unlike length, these from a head; then two rows begin another prompt."""
+    head, a, b, c = (ids(net.cfg, 1, n, seed=n) for n in (7, 6, 4, 3))
+    one, prompts, late = net.new_cache(1, 7), net.new_cache(2, 6), net.new_cache(1, 3)
+    prompts.parent = late.parent = one
+    net(head, one)
+    both = torch.zeros(2, 6, dtype=torch.long)
+    both[0], both[1, 2:], prompts.start[1] = a[0], b[0], 2
+    net(both, prompts)
+    net(c, late)
+    cache, rows = net.new_cache(5, 8, prompts), torch.arange(5)
+    cache.adopt(rows, torch.tensor([0, 1, 0, 0, 1]))
+    texts = [torch.cat((head, prompt), 1) for prompt in (a, b, a, a, b)]
+
+    def go_on(T, seed):
+        new = ids(net.cfg, 5, T, seed=seed)
+        texts[:] = [torch.cat((text, row[None]), 1) for text, row in zip(texts, new, strict=True)]
+        y = net(new, cache)
+        for row, text in zip(y, texts, strict=True):
+            torch.testing.assert_close(row, net(text)[0, -T:], atol=1e-4, rtol=1e-4)
+
+    go_on(1, 20)
+    go_on(2, 21)
+    prompts.replace(torch.tensor([1]), torch.tensor([0]), late)
+    cache.adopt(torch.tensor([1, 4]), torch.tensor([1, 1]))
+    texts[1] = texts[4] = torch.cat((head, c), 1)
+    go_on(1, 22)
+    go_on(3, 23)
 
 
 # ---- text <-> ids

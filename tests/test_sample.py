@@ -78,8 +78,11 @@ def test_greedy_decoding_of_real_weights_gives_the_known_text(shared):
 
 @pytest.mark.parametrize("knobs", KNOBS.values(), ids=KNOBS.keys())
 @pytest.mark.parametrize("kind", ["common", "none", "nested"])
-def test_cached_batched_decoding_equals_the_uncached_loop_one_by_one(net, tok, lists, kind, knobs):
-    prompts, max_new, n = lists[kind], 12, 2
+@pytest.mark.parametrize("shared", [1, 1000], ids=["prompts shared", "copied"])
+def test_cached_batched_decoding_equals_the_uncached_loop_one_by_one(net, tok, lists, kind, knobs, shared, monkeypatch):
+    """Also where the samples of a prompt, and all prompts behind their common beginning, read its keys once."""
+    prompts, max_new, n = lists[kind], 12, 3
+    monkeypatch.setattr(sample, "SHARED", shared)
     keys = [("k", i) for i in range(len(prompts))]
     rng = random.Random(0)
     stop = rng.sample(range(net.cfg.vocab_size), 20)  # rows end at different steps, so that rows are dropped
@@ -333,18 +336,29 @@ def test_fewer_slots_are_taken_and_said_where_memory_is_short(net, monkeypatch):
     prompts, keys, knobs = [[1, 5 + i] for i in range(9)], [(i,) for i in range(9)], {"stop": [], "max_new": 4}
     want = generate(net, prompts, keys, **knobs)
     asked = []
-    monkeypatch.setattr(sample, "affordable", lambda cache, columns, rows: asked.append(rows) or 3)
+    monkeypatch.setattr(sample.Slots, "affordable", lambda slots, count: asked.append(count) or 3)
     most = max(len(rows) for rows, _ in stream(net, prompts, keys, agree=lambda fit: fit - 1, **knobs))
     assert asked == [9] and most == 2
     assert generate(net, prompts, keys, **knobs) == want
     monkeypatch.undo()
-    cache = net.new_cache(1, 10)
-    net(torch.tensor([[1, 2, 3]]), cache)
-    with pytest.warns(UserWarning, match=r"memory holds keys and values of \d+ samples side by side, not 1000000000"):
-        few = sample.affordable(cache, 100, 10**9)
-    assert 1 <= few < 10**9
-    column = 2 * net.cfg.layers * net.cfg.kv_heads * net.cfg.head_dim * 4  # keys and values in fp32
-    assert few * column * 100 < 64 << 30
+    with torch.no_grad():
+        for n, length in ((1, 40), (4, 3), (4, 40)):  # of four samples of a long prompt, its 40 columns are held once
+            decoder = sample.Decoder(net, 8)
+            queue = sample.arrivals(decoder, [[5] * length, [6] * length], [(0,), (1,)], n, 100)
+            slots = sample.Slots(decoder, queue, n, 100)
+            with pytest.warns(
+                UserWarning, match=r"memory holds keys and values of \d+ samples side by side, not 10{9}"
+            ):
+                few = slots.affordable(10**9)
+            column = 2 * net.cfg.layers * net.cfg.kv_heads * net.cfg.head_dim * 4  # keys and values in fp32
+            each = 100 + sample.GROW + (length if n == 1 or length < sample.SHARED else length * 1.25 / n)
+            room = sample.free_memory(decoder.device) / 2
+            assert 0.8 * room < few * column * each < 1.2 * room
+            slots.open(4)
+            slots.fill()
+            assert slots.shared == (n > 1 and length >= sample.SHARED)
+            assert slots.cache.columns == (0 if slots.shared else length) + sample.GROW
+            assert not slots.shared or slots.prompts.k[0].shape[:3] == (2, net.cfg.kv_heads, length)
 
 
 def test_prompts_longer_than_a_piece_are_read_in_pieces(net, tok, lists, monkeypatch):
@@ -366,6 +380,8 @@ def test_a_decoder_computes_what_its_model_does_and_leaves_it_alone(cfg, rows, d
     places = {name: set(vars(module)) for name, module in net.named_modules()}
     with torch.no_grad():
         decoder, want = sample.Decoder(net, rows), net(tokens)[:, -1]
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            pytest.skip("this processor has no products in bf16")
         assert len(decoder.products) == 4 * cfg.layers + 1
         plain = []
         for module in net.modules():
