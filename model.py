@@ -111,7 +111,7 @@ def attend(q, k, v, bias, share: bool = False):
     share: also the logarithm of the sum of exp(scores), (N, T, 1). By it the same queries' attention to several sets
     of keys can be put together.
     """
-    scores = torch.baddbmm(bias, q * q.shape[-1] ** -0.5, k.mT)  # (N, T, S)
+    scores = torch.baddbmm(bias, q, k.mT, alpha=q.shape[-1] ** -0.5)  # (N, T, S)
     weights = scores.softmax(dim=-1)
     if not share:
         return weights @ v

@@ -98,6 +98,7 @@ def pick(logits, u, temperature: float, top_p: float):
 
 PIECE = 2048  # most prompt tokens that are put through the model at once
 SHARED = 16  # a beginning of as many tokens that all prompts have in common is computed and kept once
+LONG = 32  # so is a prompt of as many tokens for all its samples; a shorter one is copied, which costs less
 GROW = 32  # columns that are added to a full cache
 LOOK = 8  # steps between two looks at the tokens on a GPU, where a look waits for the device
 
@@ -212,7 +213,7 @@ class Slots:
     def __init__(self, decoder: Decoder, queue: Iterator[Arrival], n: int, max_new: int):
         self.decoder, self.queue, self.n, self.max_new = decoder, queue, n, max_new
         self.waiting = next(queue)  # the next sample to have a slot
-        self.width, self.shared = self.waiting.cache.end, n > 1 and self.waiting.cache.end >= SHARED
+        self.width, self.shared = self.waiting.cache.end, n > 1 and self.waiting.cache.end >= LONG
         self.prompts, self.places, self.left = None, {}, Counter()  # prompt -> its row there, its samples to come
 
     def columns(self, count: int) -> int:

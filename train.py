@@ -324,7 +324,8 @@ def in_chunks(cfg: Config, mesh, model, rows: list[dict], what: str, unit: str, 
     with gathered(model), progress(cfg, mesh, what, len(left) * each, unit) as bar:
         for chunk in chunks:
             asked = [rows[i] for i in chunk]
-            made = spread(cfg, asked, lambda mine: work(mine, bar))
+            dealt = sorted(asked, key=lambda r: -len(r["prompt"] + r.get("response", "")))  # that all end together
+            made = spread(cfg, dealt, lambda mine: work(mine, bar))
             commit(cfg, file, {"of": digest(asked), "rows": chunk, "made": made})
             found += made
     return sorted(found, key=lambda r: (r["id"], r["k"], r.get("vote", 0)))
@@ -984,6 +985,7 @@ def progress(cfg: Config, mesh, what: str, total: int, unit: str):
                 raise Stopped
             counts["tokens"] += tokens
             counts["finished"] += finished
+            bar.set_postfix_str(f"{tokens} slots, {counts['tokens'] / (time.time() - began):,.0f} tok/s", refresh=False)
             bar.update(finished)
 
         yield tick

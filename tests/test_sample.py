@@ -83,6 +83,7 @@ def test_cached_batched_decoding_equals_the_uncached_loop_one_by_one(net, tok, l
     """Also where the samples of a prompt, and all prompts behind their common beginning, read its keys once."""
     prompts, max_new, n = lists[kind], 12, 3
     monkeypatch.setattr(sample, "SHARED", shared)
+    monkeypatch.setattr(sample, "LONG", shared)
     keys = [("k", i) for i in range(len(prompts))]
     rng = random.Random(0)
     stop = rng.sample(range(net.cfg.vocab_size), 20)  # rows end at different steps, so that rows are dropped
@@ -351,12 +352,12 @@ def test_fewer_slots_are_taken_and_said_where_memory_is_short(net, monkeypatch):
             ):
                 few = slots.affordable(10**9)
             column = 2 * net.cfg.layers * net.cfg.kv_heads * net.cfg.head_dim * 4  # keys and values in fp32
-            each = 100 + sample.GROW + (length if n == 1 or length < sample.SHARED else length * 1.25 / n)
+            each = 100 + sample.GROW + (length if n == 1 or length < sample.LONG else length * 1.25 / n)
             room = sample.free_memory(decoder.device) / 2
             assert 0.8 * room < few * column * each < 1.2 * room
             slots.open(4)
             slots.fill()
-            assert slots.shared == (n > 1 and length >= sample.SHARED)
+            assert slots.shared == (n > 1 and length >= sample.LONG)
             assert slots.cache.columns == (0 if slots.shared else length) + sample.GROW
             assert not slots.shared or slots.prompts.k[0].shape[:3] == (2, net.cfg.kv_heads, length)
 
