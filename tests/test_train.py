@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -300,6 +301,21 @@ def test_sampling_goes_on_with_the_next_chunk(world, whole, tmp_path):
     assert "M1 responds: 5 of 9 rows are there" in said[0] and "M1 responds: 12 responses" in said[0]
     assert "M1 judges: 8 of 27 rows are there" in said[1]
     assert "M1 judges: 16 of 27 rows are there" in said[2] and "M1 judges: 22 judgements" in said[2]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_rows_are_dealt_to_processes_by_length(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "replica", lambda cfg: (place, 2))
+    monkeypatch.setattr(train, "share", list)
+    monkeypatch.setattr(train, "stop_if_asked", lambda: None)
+    monkeypatch.setattr(train, "progress", lambda *_: nullcontext(print))
+    monkeypatch.setattr(train.dist, "get_rank", lambda: 0)
+    rows = [{"id": n, "k": 0, "prompt": "p" * n, "response": "r" * (50 - n * n % 50)} for n in range(20)]
+    took = []
+    cfg = train.Config(out=str(tmp_path), sample_batch=4)
+    train.in_chunks(cfg, None, torch.nn.Linear(1, 1), rows, "", "", "M2/x.jsonl", 1,
+                    lambda mine, _: took.extend(len(r["prompt"] + r["response"]) for r in mine) or [])  # fmt: skip
+    assert took == sorted((len(r["prompt"] + r["response"]) for r in rows), reverse=True)[place::2]
 
 
 # ---- asked to stop, and things that go wrong on the way ----------------------------------------------------
