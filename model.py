@@ -107,7 +107,7 @@ def attend(q, k, v, bias, share: bool = False):
     """Softmax attention by plain products: q (N, T, hd), k and v (N, S, hd) -> (N, T, hd).
 
     N counts rows times K; the query heads of a group are queries of one product. bias (N, 1 or T, S): 0 where a query
-    may look and -inf elsewhere. On a CPU this trains faster than the fused kernel at the sizes that a CPU can train.
+    may look and -inf elsewhere. For the few queries of a step of sampling this is faster than the fused kernel.
     share: also the logarithm of the sum of exp(scores), (N, T, 1). By it the same queries' attention to several sets
     of keys can be put together.
     """
@@ -118,10 +118,10 @@ def attend(q, k, v, bias, share: bool = False):
     return weights @ v, scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
 
 
-def bias_of(unseen: torch.Tensor, K: int, queries: int, dtype) -> torch.Tensor:
-    """(B, T, S), True where a query may not look -> what `attend` adds to the scores (B * K, queries * T, S)."""
+def bias_of(unseen: torch.Tensor, K: int, dtype) -> torch.Tensor:
+    """(B, S), True where a row's token may not look -> what `attend` adds to its scores, (B * K, 1, S)."""
     bias = torch.zeros(unseen.shape, dtype=dtype, device=unseen.device).masked_fill_(unseen, float("-inf"))
-    return bias[:, None, None].expand(-1, K, queries, -1, -1).reshape(len(bias) * K, -1, bias.shape[2])
+    return bias.repeat_interleave(K, 0)[:, None]
 
 
 class Rows:
@@ -131,60 +131,26 @@ class Rows:
     prefix, such as a prompt that it shares, and then itself, causally.
     """
 
-    PIECE = 128  # most queries at once: of the keys, those behind the last of them are not computed
-    SCORES = 1 << 16  # most scores at once for each head, unless one piece has more: they stay in the CPU's caches
-
     def __init__(self, layout: list[tuple[int, int, int]], device):
         self.layout, self.lengths = layout, [n for n, *_ in layout]
         self.positions = torch.cat([torch.arange(p, p + n) for n, _, p in layout])[None].to(device)  # (1, T)
         self.fused: tuple | None = None
-        self.batches: list[tuple] | None = None
+        self.masks: list[torch.Tensor | None] | None = None
 
     def attend(self, layer, q, k, v):
         """Attention of every row: q (1, H, T, hd), k and v (1, K, T, hd) -> (1, H, T, hd)."""
         if q.is_cuda and q.dtype != torch.float32:
             return self.attend_fused(layer, q, k, v)
-        (_, H, T, hd), K = q.shape, k.shape[1]
-        if self.batches is None:
-            self.batches, self.back = self.batched(K, H // K, q.dtype, q.device)
-        q, k, v = (t[0].transpose(0, 1).reshape(T, -1) for t in (q, k, v))  # (T, H * hd or K * hd)
+        if self.masks is None:  # what a row sees that has a prefix; the others need none, which is faster
+            self.masks = [torch.ones(n, p + n, dtype=torch.bool, device=q.device).tril(p) if p else None
+                          for n, _, p in self.layout]  # fmt: skip
+        q, k, v = (t.split(self.lengths, dim=2) for t in (q, k, v))  # views of the rows
         out = []
-        for queries, keys, bias in self.batches:
-            (B, t), S = queries.shape, keys.shape[1]
-            qs = F.embedding(queries, q).view(B, t, K, H // K, hd).permute(0, 2, 3, 1, 4).reshape(B * K, -1, hd)
-            ks, vs = (F.embedding(keys, x).view(B, S, K, hd).transpose(1, 2).reshape(B * K, S, hd) for x in (k, v))
-            found = attend(qs, ks, vs, bias).view(B, K, H // K, t, hd)
-            out.append(found.permute(0, 3, 1, 2, 4).reshape(B * t, H * hd))
-        return F.embedding(self.back, torch.cat(out)).view(1, T, H, hd).transpose(1, 2)
-
-    def batched(self, K: int, group: int, dtype, device) -> tuple[list[tuple], torch.Tensor]:
-        """Pieces of rows in batches of like size, which are computed as one: the tokens that are their queries (B, t)
-        and keys (B, S), and what to add to their scores (B * K, group * t, S); and where the batches have each token.
-        """
-        at, pieces = [0, *accumulate(self.lengths)], []
-        for row, (n, of, p) in enumerate(self.layout):
-            seen = [*range(at[of], at[of] + p), *range(at[row], at[row] + n)]
-            for i in range(p, p + n, self.PIECE):  # a piece's last query is its last key
-                pieces.append((seen[i : i + self.PIECE], seen[: i + self.PIECE]))
-        batches = [[]]
-        for piece in sorted(pieces, key=lambda piece: (len(piece[0]), len(piece[1]))):
-            batch = [*batches[-1], piece]
-            padded = len(batch) * len(piece[0]) * max(len(keys) for _, keys in batch)
-            if padded > min(1.25 * sum(len(queries) * len(keys) for queries, keys in batch), self.SCORES):
-                batches.append([piece])
-            else:
-                batches[-1] = batch
-        found, places = [], []
-        for batch in filter(None, batches):
-            t, S = (max(len(piece[side]) for piece in batch) for side in (0, 1))
-            queries, keys = (torch.tensor([p[side] + [0] * (n - len(p[side])) for p in batch], device=device)
-                             for side, n in ((0, t), (1, S)))  # fmt: skip
-            places += [i for seeing, _ in batch for i in seeing + [-1] * (t - len(seeing))]
-            first = torch.tensor([len(seen) - len(seeing) for seeing, seen in batch], device=device)[:, None, None]
-            unseen = torch.arange(S, device=device) > first + torch.arange(t, device=device)[:, None]  # (B, t, S)
-            found.append((queries, keys, bias_of(unseen, K, group, dtype)))
-        place = {i: n for n, i in enumerate(places)}
-        return found, torch.tensor([place[i] for i in range(at[-1])], device=device)
+        for row, ((_, of, p), mask) in enumerate(zip(self.layout, self.masks, strict=True)):
+            ks, vs = (torch.cat((t[of][:, :, :p], t[row]), dim=2) if p else t[row] for t in (k, v))  # (1, K, p + n, hd)
+            found = F.scaled_dot_product_attention(q[row], ks, vs, mask, is_causal=mask is None, enable_gqa=True)
+            out.append(found.transpose(1, 2))
+        return torch.cat(out, dim=1).transpose(1, 2)
 
     def attend_fused(self, layer, q, k, v):
         """The same by flash attention, for half precision on a GPU."""
@@ -277,8 +243,8 @@ class KVCache:
         (B, H, _, hd), K = q.shape, k.shape[1]
         k, v = self.put(layer, k, v)  # (B, K, S, hd)
         if self.masks is None:  # the same in all layers
-            self.masks = [bias_of(self.unseen, K, 1, q.dtype)]
-            self.masks += [bias_of(kin.cache.padding()[: len(kin.grid), None], K, 1, q.dtype) for kin in self.kin]
+            self.masks = [bias_of(self.unseen[:, 0], K, q.dtype)]
+            self.masks += [bias_of(kin.cache.padding()[: len(kin.grid)], K, q.dtype) for kin in self.kin]
         q = q.view(B, K, H // K, hd)  # the query heads of a group are queries of one product
         own = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), self.masks[0]
         if not self.kin:

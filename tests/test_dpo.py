@@ -139,14 +139,8 @@ def same_gradients(a, b, tolerance):
         assert (a[name] - b[name]).abs().max() <= tolerance * b[name].abs().max(), name
 
 
-@pytest.mark.parametrize(("piece", "scores"), [(256, 1 << 20), (3, 1 << 20), (3, 40), (1, 1)])
-def test_log_probabilities_and_gradients_equal_transformers_row_by_row(
-    cfg, examples, pairs, monkeypatch, piece, scores
-):
-    """Also where responses share a prompt, and where one has no sibling; queries are cut in pieces and batches of any
-    size."""
-    monkeypatch.setattr(model.Rows, "PIECE", piece)
-    monkeypatch.setattr(model.Rows, "SCORES", scores)
+def test_log_probabilities_and_gradients_equal_transformers_row_by_row(cfg, examples, pairs):
+    """Also where responses share a prompt, and where one has no sibling."""
     net, ragged = random_net(cfg, std=0.15), [examples[3], *pairs, examples[2], (*pairs[0], examples[1][1])]
     rows = [(prompt, response) for prompt, *responses in ragged for response in responses]
     weights = torch.linspace(-2, 3, len(rows))

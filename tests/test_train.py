@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -573,9 +574,18 @@ def test_metrics_count_tokens_and_rows_are_not_padded(world, whole):
 
 
 def test_operations_are_those_that_torch_counts(world, monkeypatch):
-    """Attention is cut into single queries, none beside another, so that torch too counts what is seen and no more."""
-    monkeypatch.setattr(Rows, "PIECE", 1)
-    monkeypatch.setattr(Rows, "SCORES", 1)
+    """Attention is computed query by query, so that torch too counts what is seen and no more."""
+
+    def attend(rows, layer, q, k, v):
+        at, out = [0, *accumulate(rows.lengths)], []
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+        for (n, of, p), first in zip(rows.layout, at, strict=False):
+            for i in range(first, first + n):
+                seen = [*range(at[of], at[of] + p), *range(first, i + 1)]
+                out.append((q[:, :, [i]] @ k[:, :, seen].mT).softmax(-1) @ v[:, :, seen])
+        return torch.cat(out, dim=2)
+
+    monkeypatch.setattr(Rows, "attend", attend)
     net, tok = load(world.base)
     rng = random.Random(0)
     for examples in ([(tok.raw("What is it?"), tok.response("It is so, and it is fine."))],
