@@ -789,14 +789,15 @@ def tables(r: dict) -> list[tuple[str, list[str], list[tuple]]]:
         ))  # fmt: skip
     if r["agreement"]:
         parts.append((
-            "The judge against held-out human rankings (percent; pairwise without ties)",
+            "The judge against held-out human rankings (percent; pairwise without ties; 5-best: fives ranked first)",
             ["", "pairwise", "ties", "exact", "5-best", "spearman", "kendall", "readable"],
             [(k, percent(a["pairwise"]), percent(a["tie_rate"]), percent(a["exact_match"]), percent(a["five_best"]),
               a["spearman"], a["kendall"], percent(a["parse_rate"])) for k, a in r["agreement"].items()],
         ))  # fmt: skip
     if r["health"]:
         parts.append((
-            "What each self-rewarding round learned from (chosen, rejected: true mean)",
+            "What each self-rewarding round learned from (chosen, rejected: true mean; len: their tokens; r(len): rank "
+            "correlation of score and length)",
             ["for", "prompts", "pairs", "ties", "readable", "score", "chosen", "rejected", "len +", "len -", "r(len)",
              "cut %"],
             [(k, h["prompts"], h["pairs"], h["ties"], percent(h["parse_rate"]), h["score_mean"], h.get("true_chosen"),
@@ -805,7 +806,7 @@ def tables(r: dict) -> list[tuple[str, list[str], list[tuple]]]:
         ))  # fmt: skip
         scores = sorted({s for h in r["health"].values() for s in h["scores"]}, key=float)
         parts.append((
-            "Its votes by score, of those that could be read (percent)", ["for", *scores],
+            "The votes of each round by score, of those that could be read (percent)", ["for", *scores],
             [(k, *(f"{100 * h['scores'].get(s, 0) / max(1, sum(h['scores'].values())):.1f}" for s in scores))
              for k, h in r["health"].items()],
         ))  # fmt: skip
@@ -823,8 +824,7 @@ def write_pages(run: Path, r: dict, oracle=None) -> bool:
     here, figures = Path(__file__).resolve().parent / "data" / "report", None
     with suppress(ModuleNotFoundError):
         figures = load_module(here / "figures.py").draw(r, read_metrics(run))
-    knobs = ("Knobs of the run", ["knob", "value"], [(k, str(v)) for k, v in r["config"].items()])
-    filled = [(title, *cells(*rest)) for title, *rest in [*tables(r), knobs]]
+    filled = [(title, *cells(*rest)) for title, *rest in tables(r)]
     load_module(here / "pages.py").write(run, r, figures or [], filled, partial(true_grade, oracle) if oracle else None)
     return figures is not None
 
