@@ -721,7 +721,10 @@ def report(run: Path, oracle=None) -> dict:
             "truncated": mean(float(a["truncated"]) for a in answers),
         }
         if oracle and answers:
-            grades[name] = [oracle.grade(a["prompt"], a["response"]) for a in answers]
+            grades[name] = [true_grade(oracle, a["prompt"], a["response"]) for a in answers]
+            if None in grades[name]:
+                raise BadInput(f"{folder}/test.jsonl: row {grades[name].index(None) + 1} is no prompt of the oracle's "
+                               f"world; remove {data}/oracle.py for a report without true scores")  # fmt: skip
             out["models"][name]["true_mean"] = mean(grades[name])
             out["models"][name]["true_error"] = 1.96 * float(np.std(grades[name])) / len(answers) ** 0.5
             if hasattr(oracle, "criteria"):
@@ -900,7 +903,10 @@ def life(run: Path, at: str, oracle=None) -> str:
 
 def report_run(run: Path, show_id: str | None = None):
     """Print and write the report of a run, or print the life of one of its prompts."""
-    path = Path(read_json(run / "config.json")["data"]) / "oracle.py"
+    config = read_json(run / "config.json")
+    if "data" not in config:
+        raise BadInput(f"{run}: a model's folder; give its run's folder, or two sets of answers to compare")
+    path = Path(config["data"]) / "oracle.py"
     oracle = load_oracle(path) if path.exists() else None
     if show_id is not None:
         print(life(run, show_id, oracle))
@@ -1001,5 +1007,8 @@ def main():
 if __name__ == "__main__":
     try:
         main()
+        sys.stdout.flush()
     except BadInput as e:
         sys.exit(f"error: {e}")
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`; what Python flushes at its end goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

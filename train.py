@@ -1152,8 +1152,11 @@ def parse_flags(argv: list[str] | None = None) -> dict:
     """What the command line gives. Config's fields are flags, and the comment behind a field is its help."""
     source = inspect.getsource(Config)
     helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
-    parser = argparse.ArgumentParser(description="Self-Rewarding Language Models: M0 -> M1 -> M2 -> M3.",
-                                     argument_default=argparse.SUPPRESS)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        description="Self-Rewarding Language Models: M0 -> M1 -> M2 -> M3.",
+        usage="train.py [--FLAG VALUE ...], where --help lists the flags",
+        argument_default=argparse.SUPPRESS,
+    )
     for f in fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         parser.add_argument("--" + f.name.replace("_", "-"), help=f"{helps[f.name]} ({f.default!r})", **kind)

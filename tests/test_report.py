@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import re
+import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -636,6 +637,32 @@ def test_a_life_is_of_one_run(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["judge.py", "a", "b", "--oracle", "c.py", "--show", "M2:0"])
     with pytest.raises(BadInput, match="--show is for one run"):
         judge.main()
+
+
+@pytest.mark.parametrize("flags", [["--show", "M2:0"], []])
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly(made, flags):
+    """As `| head` does: the pipe is closed before the first line comes."""
+    process = subprocess.Popen([sys.executable, ROOT / "judge.py", made[0], *flags], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 0
+    assert flags or (made[0] / "report.html").exists()
+
+
+def test_a_models_folder_is_no_run(made, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["judge.py", str(made[0] / "M2")])
+    with pytest.raises(BadInput, match="M2: a model's folder"):
+        judge.main()
+
+
+def test_a_test_prompt_that_the_oracle_does_not_know_is_named(made, oracle, tmp_path):
+    put(tmp_path / "config.json", read_json(made[0] / "config.json"))
+    put(tmp_path / "M1" / "config.json", {})
+    row = {"response": "r", "tokens": [5], "truncated": False}
+    put(tmp_path / "M1" / "test.jsonl", {"prompt": "Why?"} | row, {"prompt": "Tell me"} | row)
+    with pytest.raises(BadInput, match="test.jsonl: row 2 .*remove .*oracle.py"):
+        report(tmp_path, oracle)
+    assert report(tmp_path)["models"]["M1"]["answers"] == 2
 
 
 def test_the_command_shows_a_prompt_or_writes_the_report(made, monkeypatch, capsys):
