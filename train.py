@@ -753,10 +753,9 @@ def open_run(cfg: Config) -> dict:
     for number, row in enumerate(found["eft"], 1):
         if judge.parse_score(row["judgement"]) is None:
             raise BadInput(f"{data}/eft.jsonl: judgement {number} has no readable `Score: n` at its end; mend it")
-    if cfg.writer and not Path(cfg.writer).is_dir():
-        raise BadInput(f"{cfg.writer}: no such folder; --writer names the checkpoint that writes the new prompts")
+    mine, saved = asdict(cfg), folder / "config.json"
     check_evaluator(cfg, found["valid"])
-    for checkpoint in filter(None, (cfg.init, cfg.writer) if cfg.tp > 1 else ()):
+    for checkpoint in filter(None, (cfg.init, cfg.writer) if cfg.tp > 1 or not saved.exists() else ()):
         check_tp(read_shape(checkpoint)[0], cfg.tp, checkpoint)
     if not found["eft"]:
         what = "the SFT baseline makes it of eft_ranked.jsonl" if found["ranked"] else "M1 learns from ift.jsonl alone"
@@ -764,7 +763,6 @@ def open_run(cfg: Config) -> dict:
     for file, what in (("test.jsonl", "models are not compared"), ("eft_eval.jsonl", "judges are not examined")):
         if not (data / file).exists():
             log(f"no {data / file}: {what}")
-    mine, saved = asdict(cfg), folder / "config.json"
     if saved.exists():
         other = read_json(saved)
         differ = [k for k in mine if k not in FREE and mine[k] != other.get(k, getattr(Config, k))]
