@@ -516,10 +516,16 @@ def ask_endpoint(
             stop.set()
 
 
-def ask_checkpoint(questions: list[str], keep: Callable, *, folder: Path, max_new: int, batch: int = 32):
-    """Ask a local checkpoint, greedily; what leaves no room for an answer in its context is not asked, and said."""
+def load_here(folder: Path) -> tuple[Llama, Tokenizer]:
+    """A checkpoint to look at: on a GPU in bf16, else in fp32."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tok = load(folder, torch.bfloat16 if device == "cuda" else torch.float32, device)
+    return model.eval(), tok
+
+
+def ask_checkpoint(questions: list[str], keep: Callable, *, folder: Path, max_new: int, batch: int = 32):
+    """Ask a local checkpoint, greedily; what leaves no room for an answer in its context is not asked, and said."""
+    model, tok = load_here(folder)
     asked = [(q, tok.chat(q)) for q in sorted(questions, key=len)]
     fit = [(q, ids) for q, ids in asked if len(ids) + max_new <= model.cfg.max_len]
     if len(fit) < len(asked):
@@ -527,7 +533,7 @@ def ask_checkpoint(questions: list[str], keep: Callable, *, folder: Path, max_ne
               f"{model.cfg.max_len}: they have no verdict")  # fmt: skip
     for at in range(0, len(fit), batch):
         texts, prompts = zip(*fit[at : at + batch], strict=True)
-        drawn = generate(model.eval(), prompts, [()] * len(prompts), stop=[tok.eos], max_new=max_new, temperature=0)
+        drawn = generate(model, prompts, [()] * len(prompts), stop=[tok.eos], max_new=max_new, temperature=0)
         for question, (ids,) in zip(texts, drawn, strict=True):
             keep(question, tok.decode([i for i in ids if i != tok.eos]))
 
@@ -846,12 +852,12 @@ def log_prob(model: Llama, prompt: list[int], response: list[int]) -> float:
 def margins(run: Path, names: list[str], pair: dict, beta: float) -> list[tuple]:
     """(model, log-prob of chosen, of rejected, DPO's margin): the stored reference and the models that are there."""
     base = pair["reference_chosen"], pair["reference_rejected"]
-    rows, device = [("reference, stored", *base, 0.0)], "cuda" if torch.cuda.is_available() else "cpu"
+    rows = [("reference, stored", *base, 0.0)]
     for name in names:
         if any((run / name).glob("model*.safetensors")) and (run / name / "config.json").exists():
-            model, tok = load(run / name, torch.bfloat16 if device == "cuda" else torch.float32, device)
+            model, tok = load_here(run / name)
             prompt = tok.chat(pair["prompt"])
-            found = [log_prob(model.eval(), prompt, pair[f"{side}_tokens"]) for side in ("chosen", "rejected")]
+            found = [log_prob(model, prompt, pair[f"{side}_tokens"]) for side in ("chosen", "rejected")]
             rows.append((name, *found, beta * (found[0] - base[0] - found[1] + base[1])))
     return rows
 

@@ -390,7 +390,7 @@ class Tokenizer:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         if not self.path.is_file():
-            raise BadInput(f"{self.path}: not found; give a checkpoint's folder, such as runs/zoo/M3, whole")
+            raise BadInput(f"{self.path}: not found; give the folder of a whole checkpoint, such as runs/zoo/M3")
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
         except (RuntimeError, OSError) as e:

@@ -343,6 +343,12 @@ def respond(cfg: Config, mesh, model, tok, rows: list[dict], what: str, stage: t
     return in_chunks(cfg, mesh, model, fit, what, "responses", file, n, work)
 
 
+def answer(cfg: Config, mesh, model, tok, held_out: list[dict], what: str, stage: tuple, file: str) -> list[dict]:
+    """One response to each prompt of a held-out file, beside it in the row."""
+    rows = [{"id": i, "prompt": r["prompt"]} for i, r in enumerate(held_out)]
+    return [rows[a["id"]] | a for a in respond(cfg, mesh, model, tok, rows, what, stage, 1, file)]
+
+
 def score(cfg: Config, mesh, model, tok, data: dict, rows: list[dict], what: str, stage: tuple, file: str):
     """The model's judgements of responses, on all processes."""
     knobs = sampling(cfg, mesh, stage) | {"votes": cfg.votes, "max_new": limit(cfg.max_judgement, model)}
@@ -406,11 +412,8 @@ def better(cfg: Config, mesh, data: dict, model, tok, name: str, step: int) -> b
     folder, file = Path(cfg.out) / name, f"valid-{step}.jsonl"
     model.eval()
     if not done(cfg, name, file):
-        rows = [{"id": i, "prompt": r["prompt"]} for i, r in enumerate(data["valid"])]
-        found = respond(
-            cfg, mesh, model, tok, rows, f"{name} after {step} updates answers", ("valid",), 1, f"{name}/{file}"
-        )
-        put(cfg, name, file, [rows[a["id"]] | a for a in found])
+        what = f"{name} after {step} updates answers"
+        put(cfg, name, file, answer(cfg, mesh, model, tok, data["valid"], what, ("valid",), f"{name}/{file}"))
     model.train()
     earlier = max((int(p.stem[6:]) for p in folder.glob("valid-*.jsonl") if int(p.stem[6:]) < step), default=0)
     verdict = []
@@ -459,10 +462,8 @@ def examine(cfg: Config, mesh, data: dict, name: str):
         return
     model, tok = open_model(cfg, mesh, Path(cfg.out) / name)
     if "test.jsonl" in todo:
-        rows = [{"id": i, "prompt": r["prompt"]} for i, r in enumerate(data["test"])]
         what, file = f"{name} answers the test prompts", f"{name}/test.jsonl"
-        answers = respond(cfg, mesh, model, tok, rows, what, ("test",), 1, file)
-        answers = [rows[a["id"]] | a for a in answers]
+        answers = answer(cfg, mesh, model, tok, data["test"], what, ("test",), file)
         if dist.get_rank() == 0:
             texts = [(a["prompt"], a["response"]) for a in answers]
             write_json(Path(cfg.out) / name / "alpaca_eval.json", alpaca_rows(texts, name, Path(cfg.data).name))
