@@ -516,10 +516,16 @@ def ask_endpoint(
             stop.set()
 
 
-def ask_checkpoint(questions: list[str], keep: Callable, *, folder: Path, max_new: int, batch: int = 32):
-    """Ask a local checkpoint, greedily; what leaves no room for an answer in its context is not asked, and said."""
+def load_here(folder: Path) -> tuple[Llama, Tokenizer]:
+    """A checkpoint to look at: on a GPU in bf16, else in fp32."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tok = load(folder, torch.bfloat16 if device == "cuda" else torch.float32, device)
+    return model.eval(), tok
+
+
+def ask_checkpoint(questions: list[str], keep: Callable, *, folder: Path, max_new: int, batch: int = 32):
+    """Ask a local checkpoint, greedily; what leaves no room for an answer in its context is not asked, and said."""
+    model, tok = load_here(folder)
     asked = [(q, tok.chat(q)) for q in sorted(questions, key=len)]
     fit = [(q, ids) for q, ids in asked if len(ids) + max_new <= model.cfg.max_len]
     if len(fit) < len(asked):
@@ -527,7 +533,7 @@ def ask_checkpoint(questions: list[str], keep: Callable, *, folder: Path, max_ne
               f"{model.cfg.max_len}: they have no verdict")  # fmt: skip
     for at in range(0, len(fit), batch):
         texts, prompts = zip(*fit[at : at + batch], strict=True)
-        drawn = generate(model.eval(), prompts, [()] * len(prompts), stop=[tok.eos], max_new=max_new, temperature=0)
+        drawn = generate(model, prompts, [()] * len(prompts), stop=[tok.eos], max_new=max_new, temperature=0)
         for question, (ids,) in zip(texts, drawn, strict=True):
             keep(question, tok.decode([i for i in ids if i != tok.eos]))
 
@@ -721,7 +727,10 @@ def report(run: Path, oracle=None) -> dict:
             "truncated": mean(float(a["truncated"]) for a in answers),
         }
         if oracle and answers:
-            grades[name] = [oracle.grade(a["prompt"], a["response"]) for a in answers]
+            grades[name] = [true_grade(oracle, a["prompt"], a["response"]) for a in answers]
+            if None in grades[name]:
+                raise BadInput(f"{folder}/test.jsonl: row {grades[name].index(None) + 1} is no prompt of the oracle's "
+                               f"world; remove {data}/oracle.py for a report without true scores")  # fmt: skip
             out["models"][name]["true_mean"] = mean(grades[name])
             out["models"][name]["true_error"] = 1.96 * float(np.std(grades[name])) / len(answers) ** 0.5
             if hasattr(oracle, "criteria"):
@@ -789,14 +798,15 @@ def tables(r: dict) -> list[tuple[str, list[str], list[tuple]]]:
         ))  # fmt: skip
     if r["agreement"]:
         parts.append((
-            "The judge against held-out human rankings (percent; pairwise without ties)",
+            "The judge against held-out human rankings (percent; pairwise without ties; 5-best: fives ranked first)",
             ["", "pairwise", "ties", "exact", "5-best", "spearman", "kendall", "readable"],
             [(k, percent(a["pairwise"]), percent(a["tie_rate"]), percent(a["exact_match"]), percent(a["five_best"]),
               a["spearman"], a["kendall"], percent(a["parse_rate"])) for k, a in r["agreement"].items()],
         ))  # fmt: skip
     if r["health"]:
         parts.append((
-            "What each self-rewarding round learned from (chosen, rejected: true mean)",
+            "What each self-rewarding round learned from (chosen, rejected: true mean; len: their tokens; r(len): rank "
+            "correlation of score and length)",
             ["for", "prompts", "pairs", "ties", "readable", "score", "chosen", "rejected", "len +", "len -", "r(len)",
              "cut %"],
             [(k, h["prompts"], h["pairs"], h["ties"], percent(h["parse_rate"]), h["score_mean"], h.get("true_chosen"),
@@ -805,7 +815,7 @@ def tables(r: dict) -> list[tuple[str, list[str], list[tuple]]]:
         ))  # fmt: skip
         scores = sorted({s for h in r["health"].values() for s in h["scores"]}, key=float)
         parts.append((
-            "Its votes by score, of those that could be read (percent)", ["for", *scores],
+            "The votes of each round by score, of those that could be read (percent)", ["for", *scores],
             [(k, *(f"{100 * h['scores'].get(s, 0) / max(1, sum(h['scores'].values())):.1f}" for s in scores))
              for k, h in r["health"].items()],
         ))  # fmt: skip
@@ -823,8 +833,7 @@ def write_pages(run: Path, r: dict, oracle=None) -> bool:
     here, figures = Path(__file__).resolve().parent / "data" / "report", None
     with suppress(ModuleNotFoundError):
         figures = load_module(here / "figures.py").draw(r, read_metrics(run))
-    knobs = ("Knobs of the run", ["knob", "value"], [(k, str(v)) for k, v in r["config"].items()])
-    filled = [(title, *cells(*rest)) for title, *rest in [*tables(r), knobs]]
+    filled = [(title, *cells(*rest)) for title, *rest in tables(r)]
     load_module(here / "pages.py").write(run, r, figures or [], filled, partial(true_grade, oracle) if oracle else None)
     return figures is not None
 
@@ -843,12 +852,12 @@ def log_prob(model: Llama, prompt: list[int], response: list[int]) -> float:
 def margins(run: Path, names: list[str], pair: dict, beta: float) -> list[tuple]:
     """(model, log-prob of chosen, of rejected, DPO's margin): the stored reference and the models that are there."""
     base = pair["reference_chosen"], pair["reference_rejected"]
-    rows, device = [("reference, stored", *base, 0.0)], "cuda" if torch.cuda.is_available() else "cpu"
+    rows = [("reference, stored", *base, 0.0)]
     for name in names:
         if any((run / name).glob("model*.safetensors")) and (run / name / "config.json").exists():
-            model, tok = load(run / name, torch.bfloat16 if device == "cuda" else torch.float32, device)
+            model, tok = load_here(run / name)
             prompt = tok.chat(pair["prompt"])
-            found = [log_prob(model.eval(), prompt, pair[f"{side}_tokens"]) for side in ("chosen", "rejected")]
+            found = [log_prob(model, prompt, pair[f"{side}_tokens"]) for side in ("chosen", "rejected")]
             rows.append((name, *found, beta * (found[0] - base[0] - found[1] + base[1])))
     return rows
 
@@ -900,7 +909,10 @@ def life(run: Path, at: str, oracle=None) -> str:
 
 def report_run(run: Path, show_id: str | None = None):
     """Print and write the report of a run, or print the life of one of its prompts."""
-    path = Path(read_json(run / "config.json")["data"]) / "oracle.py"
+    config = read_json(run / "config.json")
+    if "data" not in config:
+        raise BadInput(f"{run}: a model's folder; give its run's folder, or two sets of answers to compare")
+    path = Path(config["data"]) / "oracle.py"
     oracle = load_oracle(path) if path.exists() else None
     if show_id is not None:
         print(life(run, show_id, oracle))
@@ -1001,5 +1013,8 @@ def main():
 if __name__ == "__main__":
     try:
         main()
+        sys.stdout.flush()
     except BadInput as e:
         sys.exit(f"error: {e}")
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`; what Python flushes at its end goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -413,7 +413,7 @@ class Tokenizer:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         if not self.path.is_file():
-            raise BadInput(f"{self.path}: no tokenizer there; a checkpoint needs its tokenizer.model")
+            raise BadInput(f"{self.path}: not found; give the folder of a whole checkpoint, such as runs/zoo/M3")
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
         except (RuntimeError, OSError) as e:
@@ -430,7 +430,10 @@ class Tokenizer:
         return chr(int(piece[1:-1], 16)) if self.sp.is_byte(i) else piece
 
     def encode(self, text: str) -> list[int]:
-        return self.sp.encode(text)
+        try:
+            return self.sp.encode(text)
+        except RuntimeError:
+            raise BadInput(f"{text[:60]!a}: holds half of a surrogate pair, no whole character; mend it") from None
 
     def decode(self, ids: list[int]) -> str:
         return self.sp.decode(ids)

@@ -567,6 +567,11 @@ def read_rows(path: Path, *keys: str, empty: bool = False) -> list[dict]:
         if line.strip():
             try:
                 row = json.loads(line)
+                if "\\u" in line:  # only an escape can stand for half of a surrogate pair, which no tokenizer reads
+                    json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError as e:
+                half = ascii(e.object[e.start])
+                raise BadInput(f"{path}:{number}: {half} alone is no character; mend or remove the line") from None
             except ValueError as e:
                 raise BadInput(f"{path}:{number}: not valid JSON ({e}); mend or remove the line") from None
             missing = [k for k in keys if not usable(row, k)]

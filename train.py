@@ -344,6 +344,12 @@ def respond(cfg: Config, mesh, model, tok, rows: list[dict], what: str, stage: t
     return in_chunks(cfg, mesh, model, fit, what, "responses", file, n, work)
 
 
+def answer(cfg: Config, mesh, model, tok, held_out: list[dict], what: str, stage: tuple, file: str) -> list[dict]:
+    """One response to each prompt of a held-out file, beside it in the row."""
+    rows = [{"id": i, "prompt": r["prompt"]} for i, r in enumerate(held_out)]
+    return [rows[a["id"]] | a for a in respond(cfg, mesh, model, tok, rows, what, stage, 1, file)]
+
+
 def score(cfg: Config, mesh, model, tok, data: dict, rows: list[dict], what: str, stage: tuple, file: str):
     """The model's judgements of responses, on all processes."""
     knobs = sampling(cfg, mesh, stage) | {"votes": cfg.votes, "max_new": limit(cfg.max_judgement, model)}
@@ -407,11 +413,8 @@ def better(cfg: Config, mesh, data: dict, model, tok, name: str, step: int) -> b
     folder, file = Path(cfg.out) / name, f"valid-{step}.jsonl"
     model.eval()
     if not done(cfg, name, file):
-        rows = [{"id": i, "prompt": r["prompt"]} for i, r in enumerate(data["valid"])]
-        found = respond(
-            cfg, mesh, model, tok, rows, f"{name} after {step} updates answers", ("valid",), 1, f"{name}/{file}"
-        )
-        put(cfg, name, file, [rows[a["id"]] | a for a in found])
+        what = f"{name} after {step} updates answers"
+        put(cfg, name, file, answer(cfg, mesh, model, tok, data["valid"], what, ("valid",), f"{name}/{file}"))
     model.train()
     earlier = max((int(p.stem[6:]) for p in folder.glob("valid-*.jsonl") if int(p.stem[6:]) < step), default=0)
     verdict = []
@@ -460,10 +463,8 @@ def examine(cfg: Config, mesh, data: dict, name: str):
         return
     model, tok = open_model(cfg, mesh, Path(cfg.out) / name)
     if "test.jsonl" in todo:
-        rows = [{"id": i, "prompt": r["prompt"]} for i, r in enumerate(data["test"])]
         what, file = f"{name} answers the test prompts", f"{name}/test.jsonl"
-        answers = respond(cfg, mesh, model, tok, rows, what, ("test",), 1, file)
-        answers = [rows[a["id"]] | a for a in answers]
+        answers = answer(cfg, mesh, model, tok, data["test"], what, ("test",), file)
         if dist.get_rank() == 0:
             texts = [(a["prompt"], a["response"]) for a in answers]
             write_json(Path(cfg.out) / name / "alpaca_eval.json", alpaca_rows(texts, name, Path(cfg.data).name))
@@ -754,10 +755,9 @@ def open_run(cfg: Config) -> dict:
     for number, row in enumerate(found["eft"], 1):
         if judge.parse_score(row["judgement"]) is None:
             raise BadInput(f"{data}/eft.jsonl: judgement {number} has no readable `Score: n` at its end; mend it")
-    if cfg.writer and not Path(cfg.writer).is_dir():
-        raise BadInput(f"{cfg.writer}: no such folder; --writer names the checkpoint that writes the new prompts")
+    mine, saved = asdict(cfg), folder / "config.json"
     check_evaluator(cfg, found["valid"])
-    for checkpoint in filter(None, (cfg.init, cfg.writer) if cfg.tp > 1 else ()):
+    for checkpoint in filter(None, (cfg.init, cfg.writer) if cfg.tp > 1 or not saved.exists() else ()):
         check_tp(read_shape(checkpoint)[0], cfg.tp, checkpoint)
     if not found["eft"]:
         what = "the SFT baseline makes it of eft_ranked.jsonl" if found["ranked"] else "M1 learns from ift.jsonl alone"
@@ -765,7 +765,6 @@ def open_run(cfg: Config) -> dict:
     for file, what in (("test.jsonl", "models are not compared"), ("eft_eval.jsonl", "judges are not examined")):
         if not (data / file).exists():
             log(f"no {data / file}: {what}")
-    mine, saved = asdict(cfg), folder / "config.json"
     if saved.exists():
         other = read_json(saved)
         differ = [k for k in mine if k not in FREE and mine[k] != other.get(k, getattr(Config, k))]
@@ -1154,8 +1153,11 @@ def parse_flags(argv: list[str] | None = None) -> dict:
     """What the command line gives. Config's fields are flags, and the comment behind a field is its help."""
     source = inspect.getsource(Config)
     helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
-    parser = argparse.ArgumentParser(description="Self-Rewarding Language Models: M0 -> M1 -> M2 -> M3.",
-                                     argument_default=argparse.SUPPRESS)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        description="Self-Rewarding Language Models: M0 -> M1 -> M2 -> M3.",
+        usage="train.py [--FLAG VALUE ...], where --help lists the flags",
+        argument_default=argparse.SUPPRESS,
+    )
     for f in fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         parser.add_argument("--" + f.name.replace("_", "-"), help=f"{helps[f.name]} ({f.default!r})", **kind)

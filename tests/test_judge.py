@@ -586,6 +586,8 @@ GOOD = '{"prompt": "p", "response": "r", "more": 1}'
         ('{"prompt": 7, "response": "r"}', "prompt"),
         ('{"prompt": "  ", "response": "r"}', "prompt"),
         ('{"prompt": {"text": "p"}, "response": "r"}', "prompt"),
+        ('{"prompt": "p", "response": "half a smile \\ud83d"}', "'\\ud83d' alone is no character"),
+        ('{"prompt": "p", "response": "r", "turns": [{"\\ude00": 1}]}', "no character"),
     ],
 )
 def test_a_malformed_row_is_named_by_file_and_line(tmp_path, bad, why):
@@ -594,6 +596,11 @@ def test_a_malformed_row_is_named_by_file_and_line(tmp_path, bad, why):
     with pytest.raises(BadInput) as e:
         read_rows(path, "prompt", "response")
     assert str(e.value).startswith(f"{path}:3: ") and why in str(e.value) and "\n" not in str(e.value)
+
+
+def test_escaped_characters_of_two_halves_are_read(tmp_path):
+    (tmp_path / "ift.jsonl").write_text('{"prompt": "\\ud83d\\ude00 \\u00e9 \\\\ud83d", "response": "r"}')
+    assert read_rows(tmp_path / "ift.jsonl")[0]["prompt"] == "\U0001f600 \u00e9 \\ud83d"
 
 
 def test_an_exam_row_with_more_ranks_than_responses_is_named(run):

@@ -378,6 +378,11 @@ def test_newlines_and_spaces_survive_the_small_tokenizer(tok):
     assert set(tok.encode("fox\nowl")) & set(tok.newlines)
 
 
+def test_half_of_a_character_is_refused_by_the_tokenizer_in_one_line(tok):
+    with pytest.raises(BadInput, match=r"^'tell me \\udcff': holds half"):
+        tok.encode("tell me \udcff")
+
+
 def test_a_vocabulary_without_llamas_control_tokens_is_refused(tmp_path):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["the otter lives in rivers and eats fish"]), model_prefix=str(tmp_path / "other"),

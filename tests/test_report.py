@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import re
+import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -418,6 +419,16 @@ def test_the_page_shows_every_text_as_the_model_wrote_it(pages):
     assert not any("Vote 1" in cell for cell in cells)
 
 
+def test_only_a_run_with_warnings_has_the_box_of_warnings(pages, made, tmp_path):
+    page, text, r = pages
+    assert page.count("<li>Warning, ") == text.count("- Warning, ") == len(r["warnings"]) > 0
+    module = judge.load_module(ROOT / "data" / "report" / "pages.py")
+    module.write(tmp_path, r | {"warnings": []}, [], [])
+    for file in ("report.html", "report.md"):
+        calm = (tmp_path / file).read_text()
+        assert "No warnings" in calm and "<ul>" not in calm and "Knobs of the run" in calm
+
+
 def test_every_table_of_the_report_is_in_both_pages(pages):
     page, text, r = pages
     for title, columns, rows in tables(r):
@@ -480,6 +491,21 @@ def test_every_figure_has_a_caption_units_and_colours_for_any_background(figures
             assert not re.search("(fill|stroke): (#000000|#ffffff|black|white)", shape.get("style", "")), f["name"]
         assert "<metadata" not in f["svg"] and len(f["svg"]) < 60_000
     assert figures(r, curves) == drawn, "the same run gives the same figures"
+
+
+def test_a_small_batch_weighs_little_in_the_running_mean(figures):
+    module = judge.load_module(ROOT / "data" / "report" / "figures.py")
+    rows = [{"loss": 0.5 if i != 7 else 9.0, "tokens": 100 if i != 7 else 2} for i in range(20)]
+    ax = module.axes("update", "loss")
+    module.by_step(ax, {"M2": rows}, ["M2"], "loss")
+    faint, strong = (line.get_ydata() for line in ax.lines)
+    assert max(faint) == 9 and max(strong) == pytest.approx((4 * 50 + 18) / 402)
+
+
+def test_no_point_touches_the_upper_edge(figures, made):
+    r = report(made[0])
+    _, _, ax = judge.load_module(ROOT / "data" / "report" / "figures.py").lengths(r, {})
+    assert ax.get_ylim()[0] == 0 and ax.get_ylim()[1] > 1.05 * max(m["tokens"] for m in r["models"].values())
 
 
 def test_bars_are_as_long_as_the_shares(figures, made):
@@ -611,6 +637,32 @@ def test_a_life_is_of_one_run(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["judge.py", "a", "b", "--oracle", "c.py", "--show", "M2:0"])
     with pytest.raises(BadInput, match="--show is for one run"):
         judge.main()
+
+
+@pytest.mark.parametrize("flags", [["--show", "M2:0"], []])
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly(made, flags):
+    """As `| head` does: the pipe is closed before the first line comes."""
+    process = subprocess.Popen([sys.executable, ROOT / "judge.py", made[0], *flags], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 0
+    assert flags or (made[0] / "report.html").exists()
+
+
+def test_a_models_folder_is_no_run(made, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["judge.py", str(made[0] / "M2")])
+    with pytest.raises(BadInput, match="M2: a model's folder"):
+        judge.main()
+
+
+def test_a_test_prompt_that_the_oracle_does_not_know_is_named(made, oracle, tmp_path):
+    put(tmp_path / "config.json", read_json(made[0] / "config.json"))
+    put(tmp_path / "M1" / "config.json", {})
+    row = {"response": "r", "tokens": [5], "truncated": False}
+    put(tmp_path / "M1" / "test.jsonl", {"prompt": "Why?"} | row, {"prompt": "Tell me"} | row)
+    with pytest.raises(BadInput, match="test.jsonl: row 2 .*remove .*oracle.py"):
+        report(tmp_path, oracle)
+    assert report(tmp_path)["models"]["M1"]["answers"] == 2
 
 
 def test_the_command_shows_a_prompt_or_writes_the_report(made, monkeypatch, capsys):

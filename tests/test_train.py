@@ -1327,7 +1327,7 @@ def test_bad_flags_and_checkpoints_are_refused_in_one_line(world, tmp_path, case
     (tmp_path / "misfit" / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 1}))
     argv = flags_of(world, tmp_path / "run", *(f.format(tmp=tmp_path) for f in flags))
     refused(start(argv, tmp_path / "log"), *(w.format(tmp=tmp_path) for w in words), code=code)
-    assert not list((tmp_path / "run").rglob("*.safetensors"))
+    assert not (tmp_path / "run").exists() or case == "torn weights", "a corrected command may take the same --out"
 
 
 def test_the_run_folder_of_another_configuration_is_left_alone(world, whole, tmp_path):

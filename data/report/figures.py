@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 INK = "#010203"  # stands for the colour of the text until the SVG is written
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a8a8a"
 LOOKS = [(BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", "-."), (PINK, "D", ":"), (GREY, "v", "-")]
+STEPS = "Faint: each update; strong: the running mean, weighted by tokens."
 THEME = "<style>svg{color:#222}@media (prefers-color-scheme:dark){svg{color:#ddd}}@media print{svg{color:#000}}</style>"
 STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 10, "font.family": "sans-serif",
@@ -75,20 +76,18 @@ def by_model(ax, names: list[str], series: dict[str, dict]):
 
 
 def by_step(ax, curves: dict, names: list[str], key: str, scale: float = 1.0, only_dash: str = "", suffix: str = ""):
-    """A curve for each model: every step faint, their running mean (over a twentieth of them) strong."""
+    """A curve for each model: every step faint, their running mean (over a twentieth of them) strong.
+
+    A step counts by its tokens: an epoch's last batch may be a pair or two, far from all others.
+    """
     for name, (colour, _, dash) in zip(names, cycle(LOOKS)):
         values = np.array([row[key] * scale for row in curves[name]])
-        width = min(len(values), max(5, len(values) // 20))
-        mean = np.convolve(values, np.ones(width), "valid") / width
-        ax.plot(range(1, len(values) + 1), values, color=colour, lw=0.6, alpha=0.4)
-        ax.plot(
-            np.arange(len(mean)) + (width + 1) / 2,
-            mean,
-            color=colour,
-            ls=only_dash or dash,
-            lw=1.6,
-            label=name + suffix,
-        )
+        weights = np.array([row.get("tokens", 1) for row in curves[name]])
+        window = np.ones(min(len(values), max(5, len(values) // 20)))
+        mean = np.convolve(values * weights, window, "valid") / np.convolve(weights, window, "valid")
+        ax.plot(range(1, len(values) + 1), values, color=colour, lw=0.7, alpha=0.5)
+        middle = np.arange(len(mean)) + (len(window) + 1) / 2
+        ax.plot(middle, mean, color=colour, ls=only_dash or dash, lw=1.6, label=name + suffix)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
@@ -111,7 +110,8 @@ def head_to_head(r, curves):
     ax.set_xlim(0, 100)
     legend(ax, 3)
     count = sum(next(iter(pairs.values()))["counts"])
-    return "Head to head", f"Which of two models answers better, on {count} test prompts, by the true reward.", ax
+    caption = f"How often the first model answers better than the second, on {count} test prompts, by the true reward."
+    return "Head to head", caption, ax
 
 
 def agreement(r, curves):
@@ -125,14 +125,11 @@ def agreement(r, curves):
     by_model(ax, list(exams), series)
     ax.set_ylim(0, 100)
     legend(ax)
-    return (
-        "The judge against people",
-        (
-            "How the models' scores agree with held-out human rankings: pairs in the same order, fives people rank "
-            "first, whole orders."
-        ),
-        ax,
+    caption = (
+        "How often a model's scores agree with held-out human rankings: two responses in the same order, a response "
+        "of score 5 that people rank first, all responses to a prompt in the same order."
     )
+    return "The judge against people", caption, ax
 
 
 def scores(r, curves):
@@ -194,7 +191,7 @@ def lengths(r, curves):
         return None
     ax = axes("model", "mean length (tokens)")
     by_model(ax, list(r["models"]), series)
-    ax.set_ylim(0)
+    ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
     legend(ax)
     return (
         "Answer length",
@@ -234,7 +231,7 @@ def sft_loss(r, curves):
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter("{x:g}")
     legend(ax, 4)
-    return "SFT loss", "Loss of the supervised models at each update (faint) and its running mean.", ax
+    return "SFT loss", f"Loss of the supervised models. {STEPS}", ax
 
 
 def dpo_loss(r, curves):
@@ -245,7 +242,7 @@ def dpo_loss(r, curves):
     by_step(ax, curves, names, "loss")
     ax.axhline(np.log(2), color=INK, lw=0.8, ls=":")
     legend(ax, 4)
-    return "DPO loss", "Loss of each DPO round; dotted: ln 2 = 0.693, where policy and reference are one.", ax
+    return "DPO loss", f"Loss of each DPO round; dotted: ln 2 = 0.693, where policy and reference are one. {STEPS}", ax
 
 
 def margin(r, curves):
@@ -256,7 +253,8 @@ def margin(r, curves):
     by_step(ax, curves, names, "margin")
     ax.axhline(0, color=INK, lw=0.8, ls=":")
     legend(ax, 4)
-    return "DPO margin", "How much more the policy prefers chosen to rejected than the reference does, times beta.", ax
+    caption = f"How much more the policy prefers chosen to rejected than the reference does, times beta. {STEPS}"
+    return "DPO margin", caption, ax
 
 
 def log_probs(r, curves):
@@ -272,7 +270,7 @@ def log_probs(r, curves):
         "Log-probabilities under DPO",
         (
             "Log-probability of chosen and rejected responses against the reference, in nats a response. Below the "
-            "dotted line a response has become less likely; that should happen to the rejected ones."
+            f"dotted line a response has become less likely; that should happen to the rejected ones. {STEPS}"
         ),
         ax,
     )

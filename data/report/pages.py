@@ -17,18 +17,21 @@ def write(run: Path, r: dict, figures: list[dict], numbers: list[tuple], grade=N
 
     numbers: tables as (title, header, *rows), all of them strings. grade(prompt, response): the true score, if known.
     """
-    texts = examples(run, r, grade)
+    texts, knobs = examples(run, r, grade), [(k, str(v) or "-") for k, v in r["config"].items()]
+    knobs = ("Knobs of the run", ["knob", "value"], *knobs)
     title = f"Report of {run.resolve().name}"
-    said = [f"Warning, {line}" for line in r["warnings"]] or ["No warnings: every round is within its thresholds."]
-    text = [f"# {plain(title)}", "\n".join(f"- {plain(line)}" for line in said)]
-    body = ["<ul>", *(f"<li>{html.escape(line)}</li>" for line in said), "</ul>", '<div class="figures">']
+    said = [f"Warning, {line}" for line in r["warnings"]]
+    listed = "".join(f"<li>{html.escape(line)}</li>\n" for line in said)
+    calm = "No warnings: every round is within its thresholds."
+    text = [f"# {plain(title)}", "\n".join(f"- {plain(line)}" for line in said) or calm]
+    body = [f"<ul>{listed}</ul>" if said else f"<p>{calm}</p>", '<div class="figures">']
     for f in figures:
         (run / "figures").mkdir(exist_ok=True)
         write_text(run / "figures" / f"{f['name']}.svg", f["svg"])
         text.append(f"## {f['title']}\n\n![{f['title']}](figures/{f['name']}.svg)\n\n{f['caption']}")
         body.append(f"<figure><h2>{f['title']}</h2>\n{f['svg']}<figcaption>{f['caption']}</figcaption></figure>")
-    body += ["</div>", *(web(*t) for t in numbers), *(web(*t, kind="texts") for t in texts)]
-    write_text(run / "report.md", "\n\n".join([*text, *(markdown(*t) for t in [*numbers, *texts])]) + "\n")
+    body += ["</div>", *(web(*t) for t in numbers), *(web(*t, kind="texts") for t in texts), web(*knobs)]
+    write_text(run / "report.md", "\n\n".join([*text, *(markdown(*t) for t in [*numbers, *texts, knobs])]) + "\n")
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     page = page.replace("<!--title-->", html.escape(title)).replace("<!--body-->", "\n".join(body))
     write_text(run / "report.html", page)
