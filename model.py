@@ -81,9 +81,8 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm(x, weight, eps: float):
-    h = x.float()  # the mean of squares overflows and rounds badly in half precision
-    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
-    return h.type_as(x) * weight
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 inside and rounded once."""
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def rope_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
