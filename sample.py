@@ -96,7 +96,7 @@ def pick(logits, u, temperature: float, top_p: float):
 
 # ---- many texts --------------------------------------------------------------------------------------------
 
-PIECE = 2048  # most prompt tokens that are put through the model at once
+PIECE = 1024  # most prompt tokens that are put through the model at once: on a CPU more do not stay in its caches
 SHARED = 16  # a beginning of as many tokens that all prompts have in common is computed and kept once
 LONG = 32  # so is a prompt of as many tokens for all its samples; a shorter one is copied, which costs less
 GROW = 32  # columns that are added to a full cache
