@@ -7,9 +7,9 @@ responses to each are drawn with temperature 0.7 and top-p 0.9.
     python sample.py runs/zoo/M3 "What is an owl?"    answer once
     python sample.py runs/zoo/M3 --prompts FILE --out alpaca_eval.json
 
-What is common to prompts is computed once: the ids that all prompts begin with (a judge's template) for the whole
-call, a prompt for its n samples. Every sample draws from random numbers of its own, keyed by what it is (seed,
-stage, prompt id, sample index), so batch order and number of processes change nothing.
+What is common to prompts is computed once, and in each step its keys are read once: the ids that all prompts begin with
+(a judge's template) for all rows, a long prompt for its n samples. Every sample draws from random numbers of its own,
+keyed by what it is (seed, stage, prompt id, sample index), so batch order and number of processes change nothing.
 
 A finished sample's place goes to the next in the queue at once, so no step is spent on texts that have ended.
 
