@@ -107,14 +107,14 @@ def attend(q, k, v, bias, share: bool = False):
 
     N counts rows times K; the query heads of a group are queries of one product. bias (N, 1 or T, S): 0 where a query
     may look and -inf elsewhere. For the few queries of a step of sampling this is faster than the fused kernel.
-    share: also the logarithm of the sum of exp(scores), (N, T, 1). By it the same queries' attention to several sets
-    of keys can be put together.
+    share: also the logarithm of the sum of exp(scores), (N, T, 1) in fp32. By it the same queries' attention to
+    several sets of keys can be put together.
     """
     scores = torch.baddbmm(bias, q, k.mT, alpha=q.shape[-1] ** -0.5)  # (N, T, S)
     weights = scores.softmax(dim=-1)
     if not share:
         return weights @ v
-    return weights @ v, scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
+    return weights @ v, scores.amax(-1, keepdim=True).float() - weights.amax(-1, keepdim=True).float().log()
 
 
 def bias_of(unseen: torch.Tensor, K: int, dtype) -> torch.Tensor:
@@ -253,7 +253,7 @@ class KVCache:
             found = attend(kin.deal(q), kin.held(kin.cache.k[layer]), kin.held(kin.cache.v[layer]), bias, share=True)
             parts.append([kin.collect(t, K) for t in found])
         found, shares = map(torch.stack, zip(*parts, strict=True))  # (parts, B, K, H / K, hd or 1)
-        return (found * shares.softmax(0)).sum(0).view(B, H, 1, hd)
+        return (found * shares.softmax(0)).sum(0).type_as(q).view(B, H, 1, hd)
 
     def attend_fused(self, layer: int, q, k, v):
         """The same by PyTorch's fused kernel, which never holds the (T, S) weights but wants all keys in one piece."""

@@ -233,6 +233,23 @@ def test_all_ways_to_attend_equal_torchs_own_attention(heads, kv_heads, T, commo
         torch.testing.assert_close(got, want, atol=1e-5 if device == "cpu" else 1e-3, rtol=0)
 
 
+def test_in_half_precision_the_parts_of_a_text_are_weighed_in_full():
+    """Scores near 40, where numbers of bfloat16 lie 0.25 apart: that much of a sum of exponentials may not be lost."""
+    g = torch.Generator().manual_seed(0)
+    k, first = torch.randn(3, 1, 9, 8, generator=g), torch.randn(1, 40, 8, generator=g)
+    k, first, q = k + 5, first + 5, torch.full((3, 1, 1, 8), 2.8)
+    v, values = torch.zeros_like(k), torch.ones_like(first)  # what comes out is the share of the head
+    cache = remembering([0, 0, 0], *(t[:, :, :8].bfloat16() for t in (k, v)), (first.bfloat16(), values.bfloat16()))
+    cache.look(1)
+    got = cache.attend(0, *(t.bfloat16() for t in (q, k[:, :, 8:], v[:, :, 8:])))
+    scores = (
+        torch.cat((first.expand(3, -1, -1), k[:, 0]), 1).bfloat16().double() @ q.bfloat16()[0, 0, 0].double()
+    ) / 8**0.5
+    want = scores.bfloat16().double().softmax(-1)[:, :40].sum(-1)  # (3,)
+    assert want.std() > 0.01
+    torch.testing.assert_close(got[:, 0, 0, 0].double(), want, atol=0.01, rtol=0)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (6, 1)])
 def test_attention_of_equal_rows_without_a_cache_is_causal(heads, kv_heads, device):
