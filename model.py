@@ -105,7 +105,7 @@ def rotate(x, cos, sin):
 def attend(q, k, v, bias, share: bool = False):
     """Softmax attention by plain products: q (N, T, hd), k and v (N, S, hd) -> (N, T, hd).
 
-    N counts rows times K; the query heads of a group are queries of one product. bias (N, 1 or T, S): 0 where a query
+    N counts rows times K; the query heads of a group are queries of one product. bias (N, 1, S): 0 where the queries
     may look and -inf elsewhere. For the few queries of a step of sampling this is faster than the fused kernel.
     share: also the logarithm of the sum of exp(scores), (N, T, 1) in fp32. By it the same queries' attention to
     several sets of keys can be put together.
@@ -194,7 +194,7 @@ class Kin(NamedTuple):
 class KVCache:
     """Keys and values of some rows, all layers. Row b lies in the columns from start[b] to `end`: all end together.
 
-    So a step writes one column and not one place a row. Before its start a row holds rubbish that nothing looks at.
+    So a step writes one column and not one place a row. Before its start a row holds rubbish: finite, weighed with 0.
     With a parent, row b goes on from row of[b] of that cache, which may have a parent itself. What many rows have in
     common (a prompt that several samples answer, a template that all prompts begin with) is held and read once.
     """
@@ -207,12 +207,13 @@ class KVCache:
         self.kin: list[Kin] | None = None  # parent, its parent and so on; None where they must be looked for
 
     def adopt(self, rows: torch.Tensor, of: torch.Tensor):
-        """Our `rows` become empty and go on from the rows `of` of the parent, which has changed."""
+        """Our `rows` become empty and go on from the rows `of` of the parent. Kin are looked for anew: call it after
+        the parent has changed."""
         self.start[rows], self.of[rows], self.kin = self.end, of, None
 
     def find_kin(self):
         self.kin, rows, cache = [], self.of, self.parent
-        self.before = 0  # (B, 1), tokens that a row goes on from
+        self.before = 0  # or (B, 1): tokens that a row goes on from
         while cache:
             held = rows.tolist()
             groups, nth = [[] for _ in range(max(held) + 1)], []
@@ -259,7 +260,8 @@ class KVCache:
         """The same by PyTorch's fused kernel, which never holds the (T, S) weights but wants all keys in one piece."""
         k, v = self.put(layer, k, v)
         for kin in self.kin:
-            theirs = (t[layer][:, :, : kin.cache.end].index_select(0, kin.rows) for t in (kin.cache.k, kin.cache.v))
+            theirs = (t[layer][:, :, : kin.cache.end] for t in (kin.cache.k, kin.cache.v))
+            theirs = (t.expand(len(q), -1, -1, -1) if len(t) == 1 else t.index_select(0, kin.rows) for t in theirs)
             k, v = (torch.cat(both, 2) for both in zip(theirs, (k, v), strict=True))
         if self.masks is None:
             seen = [~kin.cache.padding()[kin.rows][:, None].expand(-1, q.shape[2], -1) for kin in self.kin[::-1]]
@@ -296,7 +298,7 @@ class KVCache:
         places, theirs = slice(self.end - width, self.end), slice(other.end - width, other.end)
         for ours, source in ((self.k, other.k), (self.v, other.v)):
             for i, t in enumerate(source):
-                if ours[i] is None:  # what lies before the start of a row must be finite: 0 times it is added
+                if ours[i] is None:
                     ours[i] = t.new_zeros(len(self.start), t.shape[1], self.columns, t.shape[3])
                 ours[i][rows, :, places] = t[index][:, :, theirs]
         self.start[rows] = other.start[index] + self.end - other.end

@@ -30,7 +30,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
-from itertools import chain, groupby, islice, product
+from itertools import chain, groupby, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,7 +98,7 @@ def pick(logits, u, temperature: float, top_p: float):
 
 PIECE = 1024  # most prompt tokens that are put through the model at once: on a CPU more do not stay in its caches
 SHARED = 16  # a beginning of as many tokens that all prompts have in common is computed and kept once
-LONG = 32  # so is a prompt of as many tokens for all its samples; a shorter one is copied, which costs less
+LONG = 32  # if the longest prompt has as many tokens of its own, each is kept once for its samples; else it is copied
 GROW = 32  # columns that are added to a full cache
 LOOK = 8  # steps between two looks at the tokens on a GPU, where a look waits for the device
 
@@ -214,7 +214,11 @@ class Slots:
         self.decoder, self.queue, self.n, self.max_new = decoder, queue, n, max_new
         self.waiting = next(queue)  # the next sample to have a slot
         self.width, self.shared = self.waiting.cache.end, n > 1 and self.waiting.cache.end >= LONG
-        self.prompts, self.places, self.left = None, {}, Counter()  # prompt -> its row there, its samples to come
+        self.prompts, self.places, self.left = (
+            None,
+            {},
+            {},
+        )  # prompt -> its row there, how many of its samples have not ended
 
     def columns(self, count: int) -> int:
         """How many columns all caches of `count` slots have at most."""
@@ -222,7 +226,7 @@ class Slots:
         return own + self.width * (self.places_for(count) if self.shared else count)
 
     def places_for(self, count: int) -> int:
-        return -(-5 * count // (4 * self.n))  # some more than needed: samples of a prompt do not end together
+        return -(-2 * count // self.n)  # twice what is needed at once: the last sample of a prompt may go on for long
 
     def affordable(self, count: int) -> int:
         """As many of `count` slots as half of the free memory holds; at least one."""
@@ -249,14 +253,15 @@ class Slots:
         return [s for s, row in enumerate(self.rows) if row is not None]
 
     def end(self, s: int):
-        """The sample in slot s is complete. With the last one of its prompt, that goes too."""
+        """The sample in slot s is complete. If it is the last of its prompt, the prompt's place is free."""
         prompt, self.rows[s] = self.rows[s] // self.n, None
         self.left[prompt] -= 1
         if not self.left[prompt]:
+            del self.left[prompt]
             self.places.pop(prompt, None)
 
     def fill(self) -> bool:
-        """Free slots go to the queue, or are dropped when it is empty, once they are worth the trouble."""
+        """Free slots take samples from the queue, or are dropped when it is empty, once they are worth the trouble."""
         free = [s for s, row in enumerate(self.rows) if row is None]
         if 16 * len(free) > len(self.rows):
             if len(free) == len(self.rows) and self.waiting:  # nobody's columns are in use
@@ -283,10 +288,9 @@ class Slots:
         if not new:
             return
         to, firsts = torch.tensor(slots, device=self.at.device), [a for a in new if a.row % self.n == 0]
-        self.left.update({a.row // self.n: self.n for a in firsts})
+        self.left |= {a.row // self.n: self.n for a in firsts}
         if self.shared:
-            free = (r for r in range(len(self.prompts.start)) if r not in self.places.values())
-            places = list(islice(free, len(firsts)))
+            places = [r for r in range(len(self.prompts.start)) if r not in self.places.values()][: len(firsts)]
             self.places |= {a.row // self.n: r for a, r in zip(firsts, places, strict=True)}
             self.copy(self.prompts, places, firsts)
             self.cache.adopt(to, torch.tensor([self.places[a.row // self.n] for a in new], device=to.device))

@@ -324,6 +324,31 @@ def test_a_freed_slot_goes_to_the_queue_at_once_and_no_more_than_batch_are_taken
     assert len(seen) < tokens / 8 + 30
 
 
+def test_samples_that_go_on_for_long_keep_hardly_a_slot_idle(net, monkeypatch):
+    """Kept once for its samples, a prompt holds its place until the last of them has ended; copied, it does not."""
+    rng, fed, taken = random.Random(0), [], {}
+    ends = {(i, k): min(60, int(rng.expovariate(1 / 12))) for i in range(96) for k in range(4)}
+
+    def uniforms(key, count):
+        u = torch.rand(count)
+        u[TRIES * ends[key]] = 2
+        return u
+
+    real = sample.Decoder.__call__
+    monkeypatch.setattr(sample, "pick", lambda logits, u, *_: torch.where(u[:, 0] == 2, 2, 7))
+    monkeypatch.setattr(sample, "uniforms", uniforms)
+    monkeypatch.setattr(sample.Decoder, "__call__", lambda d, t, c: fed.append(t.shape) or real(d, t, c))
+    for long in (1, 1000):
+        monkeypatch.setattr(sample, "LONG", long)
+        fed.clear()
+        out = generate(
+            net, [[1, 5 + i, 6] for i in range(96)], [(i,) for i in range(96)], n=4, stop=[2], max_new=61, batch=64
+        )
+        assert {(i, k): len(ids) - 1 for i, samples in enumerate(out) for k, ids in enumerate(samples)} == ends
+        taken[long] = sum(rows for rows, T in fed if T == 1)
+    assert taken[1] < 1.03 * taken[1000]
+
+
 def test_random_numbers_and_prompts_are_read_when_their_turn_comes(net, monkeypatch):
     asked, real = [], sample.uniforms
     monkeypatch.setattr(sample, "uniforms", lambda key, count: asked.append(key) or real(key, count))
@@ -352,7 +377,7 @@ def test_fewer_slots_are_taken_and_said_where_memory_is_short(net, monkeypatch):
             ):
                 few = slots.affordable(10**9)
             column = 2 * net.cfg.layers * net.cfg.kv_heads * net.cfg.head_dim * 4  # keys and values in fp32
-            each = 100 + sample.GROW + (length if n == 1 or length < sample.LONG else length * 1.25 / n)
+            each = 100 + sample.GROW + (length if n == 1 or length < sample.LONG else length * 2 / n)
             room = sample.free_memory(decoder.device) / 2
             assert 0.8 * room < few * column * each < 1.2 * room
             slots.open(4)
