@@ -951,7 +951,7 @@ def test_m1_learns_from_what_the_baseline_says_in_agreement_with_people(world, r
         out = run(world, tmp_path / "run", "--iters", 1, "--sft-epochs", 1, data=ranked_world)
 
     ranked, template = read_rows(ranked_world / "eft_ranked.jsonl"), (ranked_world / "judge.txt").read_text()
-    asked = [(model, ids, key[2:]) for model, ids, key in scripted if key[:2] == (0, "eft")]
+    asked = sorted(((model, ids, key[2:]) for model, ids, key in scripted if key[:2] == (0, "eft")), key=lambda a: a[2])
     replies = {(i, k): text for i, row in enumerate(ranked) for k, text in enumerate(row["responses"]) if text}
     inputs = {(i, k): tok.chat(judge.judge_prompt(template, ranked[i]["prompt"], replies[i, k])) for i, k in replies}
     assert [(ids, key) for _, ids, key in asked] == [(ids, key) for key, ids in inputs.items()]
