@@ -39,8 +39,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import BadInput, Llama, Tokenizer, load, read_json, write_json
-from sample import generate, read_questions, read_rows, rouge_l
+from model import BadInput, Llama, Tokenizer, read_json, write_json
+from sample import generate, load_here, read_questions, read_rows, rouge_l
 
 # ---- the judge's prompt and its verdict --------------------------------------------------------------------
 
@@ -514,13 +514,6 @@ def ask_endpoint(
                 future.result()
         finally:  # after an error or Ctrl-C nothing new is asked; what is being answered is waited for and kept
             stop.set()
-
-
-def load_here(folder: Path) -> tuple[Llama, Tokenizer]:
-    """A checkpoint to look at: on a GPU in bf16, else in fp32."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tok = load(folder, torch.bfloat16 if device == "cuda" else torch.float32, device)
-    return model.eval(), tok
 
 
 def ask_checkpoint(questions: list[str], keep: Callable, *, folder: Path, max_new: int, batch: int = 32):

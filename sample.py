@@ -674,6 +674,13 @@ def as_file(answered: list[dict], name: str, dataset: str, suffix: str) -> str:
 # ---- in the terminal ---------------------------------------------------------------------------------------
 
 
+def load_here(folder: str | os.PathLike) -> tuple[Llama, Tokenizer]:
+    """A checkpoint to be asked: on a GPU in bf16, else in fp32."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tok = load(folder, torch.bfloat16 if device == "cuda" else torch.float32, device)
+    return model.eval(), tok
+
+
 def say(model: Llama, tok: Tokenizer, turns: list[str], key: tuple, **knobs) -> str:
     """Stream the answer to a chat to the terminal, token by token, and return it."""
     ids, shown = [], ""
@@ -728,11 +735,10 @@ def main():
     if args.out and args.out.suffix == ".json" and any(len(q["turns"]) > 1 for q in questions):
         raise BadInput(f"{args.prompts}: has questions of several turns, AlpacaEval has no place for them; "
                        "name --out .jsonl")  # fmt: skip
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tok = load(args.checkpoint, torch.bfloat16 if device == "cuda" else torch.float32, device)
+    model, tok = load_here(args.checkpoint)
     knobs = {"top_p": args.top_p, "max_new": args.max_new}
     if args.prompts:
-        answered = answer(model.eval(), tok, questions, key=(args.seed,), temperature=args.temperature,
+        answered = answer(model, tok, questions, key=(args.seed,), temperature=args.temperature,
                           batch=args.batch, **knobs)  # fmt: skip
         name = args.name or Path(args.checkpoint).resolve().name
         write_text(args.out, as_file(answered, name, args.prompts.stem, args.out.suffix))
@@ -741,9 +747,9 @@ def main():
         return
     knobs["temperature"] = 0.7 if args.temperature is None else args.temperature
     if args.prompt is not None:
-        say(model.eval(), tok, [args.prompt], (args.seed, 0), **knobs)
+        say(model, tok, [args.prompt], (args.seed, 0), **knobs)
     else:
-        chat(model.eval(), tok, args.seed, **knobs)
+        chat(model, tok, args.seed, **knobs)
 
 
 if __name__ == "__main__":

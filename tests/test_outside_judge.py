@@ -696,7 +696,7 @@ def test_a_real_checkpoint_answers_as_when_asked_alone_and_is_not_even_loaded_ag
             ids = tok.chat(fill(COMPARE, prompt=r["prompt"], first=x, second=y))
             ((alone,),) = generate(model.eval(), [ids], [()], stop=[tok.eos], max_new=12, temperature=0)
             assert r[order] == tok.decode([i for i in alone if i != tok.eos]) != ""
-    monkeypatch.setattr(judge, "load", None)
+    monkeypatch.setattr(judge, "load_here", None)
     with pytest.raises(BadInput, match="none of 5 prompts has a verdict"):
         run(monkeypatch, *sets, *flags)
     assert json.loads((tmp_path / "o.json").read_text()) == rows
