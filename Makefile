@@ -28,7 +28,7 @@ run: .venv/run  ## M0 -> M1 -> M2 -> M3 on the zoo, then the report (OUT=runs/on
 	$(BIN)/python judge.py $(OUT)
 
 test: .venv/dev  ## all tests, on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --reruns 1 --only-rerun "was aborted from within" tests $(ARGS)
 
 bench: .venv/dev  ## sampling beside transformers' generate; an hour, or less with ARGS="--only tiny"
 	$(BIN)/python tests/bench_sample.py $(ARGS)

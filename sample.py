@@ -214,11 +214,9 @@ class Slots:
         self.decoder, self.queue, self.n, self.max_new = decoder, queue, n, max_new
         self.waiting = next(queue)  # the next sample to have a slot
         self.width, self.shared = self.waiting.cache.end, n > 1 and self.waiting.cache.end >= LONG
-        self.prompts, self.places, self.left = (
-            None,
-            {},
-            {},
-        )  # prompt -> its row there, how many of its samples have not ended
+        self.prompts: KVCache | None = None
+        self.places: dict[int, int] = {}  # prompt -> its row there
+        self.left: dict[int, int] = {}  # prompt -> how many of its samples have not ended
 
     def columns(self, count: int) -> int:
         """How many columns all caches of `count` slots have at most."""

@@ -310,6 +310,9 @@ def together(target, arguments: list[tuple], timeout: float = 120, watch=None) -
     for process in started:
         process.kill()
         process.join()
+    # gloo of torch 2.13 has aborted so ("free(): invalid pointer") once in some hundred starts, which no tool and no
+    # repetition has shown again: make test gives a test that fails with these words, and no other, a second try
+    assert -signal.SIGABRT not in codes, f"process {codes.index(-signal.SIGABRT)} was aborted from within: {codes}"
     return codes
 
 
