@@ -9,6 +9,8 @@ Left out: a second model. The frozen reference is two columns of numbers, comput
 Shapes: B pairs, T tokens of all rows, D width, V vocabulary, N target tokens.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -50,14 +52,10 @@ def target_logps(hidden, head, targets):
     mask = targets != IGNORE
     rows, ids = hidden[mask], targets[mask]  # (N, D), (N,)
     step = max(1, CHUNK // head.out_features)
-    if len(rows) <= step:
-        parts = [logps(rows, ids)]
-    else:
-        parts = [
-            checkpoint(logps, rows[i : i + step], ids[i : i + step], use_reentrant=False)
-            for i in range(0, len(rows), step)
-        ]
-    return hidden.new_zeros(targets.shape, dtype=torch.float32).masked_scatter(mask, torch.cat(parts))
+    chunks = list(zip(rows.split(step), ids.split(step), strict=True))
+    run = logps if len(chunks) == 1 else partial(checkpoint, logps, use_reentrant=False)
+    found = torch.cat([run(*chunk) for chunk in chunks])  # (N,)
+    return hidden.new_zeros(targets.shape, dtype=torch.float32).masked_scatter(mask, found)
 
 
 def by_row(values, layout):

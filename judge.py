@@ -892,7 +892,8 @@ def life(run: Path, at: str, oracle=None) -> str:
     _, tally = prefer([prompt], candidates, scores, guard)
     why = "the best mean score against the worst" + f", with a length guard of {guard:g}" * bool(guard)
     why = "the scores were shuffled among the candidates" if config.get("control") else why
-    parts.append(f"Pair: {why}" if pairs else f"No pair: {', '.join(tally)}")
+    # a pair by the scores and none in the file: shuffled scores had put two identical texts against each other
+    parts.append(f"Pair: {why}" if pairs else f"No pair: {'identical texts' if 'pair' in tally else ', '.join(tally)}")
     for pair in pairs:
         title = f"DPO from {start} to {name}: log-probs in nats, and the margin (times beta = {config['beta']})"
         rows = margins(run, [start, name], pair, config["beta"])

@@ -76,13 +76,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
-
-
-def rms_norm(x, weight, eps: float):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 inside and rounded once."""
-    return F.rms_norm(x, weight.shape, weight, eps)
+    def forward(self, x):  # x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 inside, rounded once
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rope_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -424,11 +419,8 @@ class Tokenizer:
             raise BadInput(
                 f"{self.path}: lacks {some(CONTROL)}, Llama 2's control tokens; take another tokenizer.model"
             )
-        self.newlines = [i for i in range(self.size) if "\n" in self._piece(i)]  # ids that end a line
-
-    def _piece(self, i: int) -> str:
-        piece = self.sp.id_to_piece(i)
-        return chr(int(piece[1:-1], 16)) if self.sp.is_byte(i) else piece
+        pieces = map(self.sp.id_to_piece, range(self.size))
+        self.newlines = [i for i, piece in enumerate(pieces) if "\n" in piece or piece == "<0x0A>"]  # they end a line
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -478,9 +470,7 @@ TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # 
 
 def read_json(path: Path, kind: type = dict) -> dict | list:
     try:
-        d = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"{path}: not found; is {path.parent} a finished checkpoint or run folder?") from None
+        d = json.loads(read_text(path, f"is {path.parent} a finished checkpoint or run folder?"))
     except ValueError as e:
         raise BadInput(f"{path}: not valid JSON ({e}); copy or write it again") from None
     if not isinstance(d, kind):
@@ -557,6 +547,15 @@ def write_config(cfg: ModelConfig, tok: Tokenizer, dtype: torch.dtype, path: Pat
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     write_json(path, d)
+
+
+def read_text(path: Path, remedy: str) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise BadInput(f"{path}: not found; {remedy}") from None
+    except UnicodeDecodeError as e:
+        raise BadInput(f"{path}: byte {e.start} is not UTF-8; save the file as UTF-8") from None
 
 
 def write_text(path: Path, text: str):
@@ -862,7 +861,8 @@ class SumBackward(torch.autograd.Function):
 
 def whole(norm: RMSNorm, mesh, x):
     """On every rank in full; as a part of the mesh, or its gradient could not be clipped with the others."""
-    return SumBackward.apply(rms_norm(x, norm.weight.to_local(), norm.eps), mesh.get_group())
+    weight = norm.weight.to_local()
+    return SumBackward.apply(F.rms_norm(x, weight.shape, weight, norm.eps), mesh.get_group())
 
 
 def columns(linear: nn.Linear, mesh, x):
@@ -929,19 +929,15 @@ def parallelize(model: Llama, mesh, dtype: torch.dtype, recompute: bool = False,
     }
     for block in model.layers:
         if recompute:
-            block.forward = recomputed(block.forward)
+            block.forward = partial(recomputed, block.forward)
         fully_shard(block, **knobs)
     # by default the root stays gathered after a forward pass, and an optimizer made then would update copies
     fully_shard(model, reshard_after_forward=True, **knobs)
 
 
-def recomputed(forward):
-    """forward, keeping no more than its inputs for backward."""
-
-    def run(*args):
-        return checkpoint(forward, *args, use_reentrant=False) if torch.is_grad_enabled() else forward(*args)
-
-    return run
+def recomputed(forward, *args):
+    """forward(*args), keeping no more than its inputs for backward."""
+    return checkpoint(forward, *args, use_reentrant=False) if torch.is_grad_enabled() else forward(*args)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from model import BadInput, KVCache, Llama, Tokenizer, load, read_json, write_text
+from model import BadInput, KVCache, Llama, Tokenizer, load, read_json, read_text, write_text
 
 # ---- one token ---------------------------------------------------------------------------------------------
 
@@ -216,7 +216,6 @@ class Slots:
         self.width, self.shared = self.waiting.cache.end, n > 1 and self.waiting.cache.end >= LONG
         self.prompts: KVCache | None = None
         self.places: dict[int, int] = {}  # prompt -> its row there
-        self.left: dict[int, int] = {}  # prompt -> how many of its samples have not ended
 
     def columns(self, count: int) -> int:
         """How many columns all caches of `count` slots have at most."""
@@ -250,14 +249,6 @@ class Slots:
     def taken(self) -> list[int]:
         return [s for s, row in enumerate(self.rows) if row is not None]
 
-    def end(self, s: int):
-        """The sample in slot s is complete. If it is the last of its prompt, the prompt's place is free."""
-        prompt, self.rows[s] = self.rows[s] // self.n, None
-        self.left[prompt] -= 1
-        if not self.left[prompt]:
-            del self.left[prompt]
-            self.places.pop(prompt, None)
-
     def fill(self) -> bool:
         """Free slots take samples from the queue, or are dropped when it is empty, once they are worth the trouble."""
         free = [s for s, row in enumerate(self.rows) if row is None]
@@ -275,7 +266,11 @@ class Slots:
 
     def take(self, count: int) -> list[Arrival]:
         """At most `count` samples from the queue, if there is a place for their prompts."""
-        new, places = [], len(self.prompts.start) - len(self.places) if self.shared else count
+        new, places = [], count
+        if self.shared:  # a place is free again when neither a slot nor the queue has a sample of its prompt
+            live = {row // self.n for row in (*self.rows, self.waiting and self.waiting.row) if row is not None}
+            self.places = {prompt: place for prompt, place in self.places.items() if prompt in live}
+            places = len(self.prompts.start) - len(self.places)
         while self.waiting and len(new) < count and (places or self.waiting.row % self.n):
             places -= self.waiting.row % self.n == 0
             new.append(self.waiting)
@@ -286,7 +281,6 @@ class Slots:
         if not new:
             return
         to, firsts = torch.tensor(slots, device=self.at.device), [a for a in new if a.row % self.n == 0]
-        self.left |= {a.row // self.n: self.n for a in firsts}
         if self.shared:
             places = [r for r in range(len(self.prompts.start)) if r not in self.places.values()][: len(firsts)]
             self.places |= {a.row // self.n: r for a, r in zip(firsts, places, strict=True)}
@@ -388,7 +382,7 @@ def stream(
             for s, token in zip(taken, drawn, strict=True):
                 slots.said[s] += 1
                 if token in stop or slots.said[s] == max_new:
-                    slots.end(s)
+                    slots.rows[s] = None
         if slots.taken():
             slots.step()
 
@@ -478,10 +472,21 @@ def too_similar(text: str, pool: list[list[str]], rouge: float) -> bool:
     return False
 
 
-def few_shot(template: str, places: int, seeds: list[str], generated: list[str], num_generated: int, key: tuple) -> str:
-    """Fill the places {1}, {2}, ... with up to num_generated generated prompts, else seeds, in random order."""
+GENERATED = 2  # examples of a request that were accepted before; the others are seeds (Wang et al. 2022: 2 of 8)
+
+
+def places_of(template: str, where) -> int:
+    """How many examples a prompt writer's template takes: its places are {1}, {2} and so on, at least one."""
+    places = {int(n) for n in re.findall(r"\{(\d+)\}", template)}
+    if not places or places != set(range(1, len(places) + 1)):
+        raise BadInput(f"{where}: has no places {{1}}, {{2}} and so on for examples, or leaves one out; mend it")
+    return len(places)
+
+
+def few_shot(template: str, places: int, seeds: list[str], generated: list[str], key: tuple) -> str:
+    """Fill the places {1}, {2}, ... with up to GENERATED generated prompts, else seeds, in random order."""
     rng = random.Random(repr(key))
-    examples = rng.sample(generated, min(num_generated, len(generated), places))
+    examples = rng.sample(generated, min(GENERATED, len(generated), places))
     examples += rng.sample(seeds, places - len(examples))
     rng.shuffle(examples)
     return re.sub(r"\{(\d+)\}", lambda m: examples[int(m[1]) - 1], template)
@@ -497,7 +502,6 @@ def propose(
     key: tuple,
     taken: list[str] = (),
     held_out: list[str] = (),
-    generated_shots: int = 2,
     rouge: float = 0.7,
     wave: int = 128,
     attempts: int = 20,
@@ -505,22 +509,20 @@ def propose(
 ) -> tuple[list[str], Counter]:
     """`count` new prompts from a fixed writer, few-shot, filtered as in Self-Instruct (paper section 2.2).
 
-    template holds the places {1}, {2}, ... of its examples: `generated_shots` of them are prompts accepted
-    earlier (while there are none, seeds), the others seed prompts. write(ids, keys) continues id lists; the first
+    template holds the places {1}, {2}, ... of its examples: GENERATED of them are prompts accepted earlier (while
+    there are none, seeds), the others seed prompts. write(ids, keys) continues id lists; the first
     line of what it writes is the new prompt. A prompt too similar (ROUGE-L over `rouge`) to a seed, to one accepted
     or to one of `taken` is dropped, as is one that stands in `held_out`. Examples share `room` tokens: a longer
     prompt than an equal part of it is never shown.
 
     Returns the prompts and a count of every rejection by reason. Raises BadInput after attempts * count requests.
     """
-    places = len(set(re.findall(r"\{(\d+)\}", template)))
-    share = (room - len(tok.raw(template))) // max(1, places)
+    places = places_of(template, "the prompt writer's template")
+    share = (room - len(tok.raw(template))) // places
     shown = [p for p in seeds if len(tok.encode(p)) <= share]
-    if not places or len(shown) < places:
-        raise BadInput(
-            f"the prompt writer's template has {places} places {{1}}, {{2}}, ..., and {len(shown)} of {len(seeds)} "
-            f"seed prompts fit one (of {share} tokens); it needs at least one place and as many prompts"
-        )
+    if len(shown) < places:
+        raise BadInput(f"the prompt writer's template has {places} places, and {len(shown)} of {len(seeds)} seed "
+                       f"prompts fit one (of {share} tokens); it needs as many prompts as places")  # fmt: skip
     held_out, accepted, generated, tally, asked = set(held_out), [], [], Counter(), 0
     pool = [words(p) for p in [*seeds, *taken]]
     while len(accepted) < count:
@@ -529,7 +531,7 @@ def propose(
                            "ask for fewer, or take a better writer or template")  # fmt: skip
         keys = [(*key, r) for r in range(asked, asked + min(wave, count - len(accepted) + 8))]
         asked += len(keys)
-        requests = [tok.raw(few_shot(template, places, shown, generated, generated_shots, k)) for k in keys]
+        requests = [tok.raw(few_shot(template, places, shown, generated, k)) for k in keys]
         for ids in write(requests, keys):
             if len(accepted) == count:
                 break
@@ -549,23 +551,17 @@ def propose(
 
 
 def usable(row, key: str) -> bool:
-    """Texts are not blank, everything else is a list that is not empty or a stored log-probability."""
+    """Texts are not blank, lists not empty, log-probabilities are numbers."""
     value = row.get(key) if isinstance(row, dict) else None
     if key in ("prompt", "response", "judgement"):
         return isinstance(value, str) and bool(value.strip())
-    return isinstance(value, float) or isinstance(value, list) and bool(value)
+    return isinstance(value, float) if key == "reference_chosen" else isinstance(value, list) and bool(value)
 
 
 def read_rows(path: Path, *keys: str, empty: bool = False) -> list[dict]:
     """JSON lines with at least `keys`; a bad row is named by file and line."""
-    try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
-    except FileNotFoundError:
-        raise BadInput(f"{path}: not found; see the README for the files a data folder holds") from None
-    except UnicodeDecodeError as e:
-        raise BadInput(f"{path}: byte {e.start} is not UTF-8; save the file as UTF-8") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
+    rows, text = [], read_text(path, "see the README for the files a data folder holds")
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -649,15 +645,11 @@ def answer(
     return answered
 
 
-def alpaca_rows(texts: list[tuple[str, str]], generator: str, dataset: str) -> list[dict]:
-    """(prompt, response) pairs as AlpacaEval reads them."""
-    return [{"instruction": p, "output": r, "generator": generator, "dataset": dataset} for p, r in texts]
-
-
 def as_file(answered: list[dict], name: str, dataset: str, suffix: str) -> str:
     """Answered questions as the text of a file: AlpacaEval's JSON, FastChat's MT-Bench answers, or plain JSON lines."""
     if suffix == ".json":
-        rows = [alpaca_rows([(q["turns"][0], q["responses"][0])], name, q.get("dataset", dataset))[0] for q in answered]
+        rows = [{"instruction": q["turns"][0], "output": q["responses"][0], "generator": name,
+                 "dataset": q.get("dataset", dataset)} for q in answered]  # fmt: skip
         return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
     rows = [
         {"question_id": q["question_id"], "answer_id": f"{name}-{q['question_id']}", "model_id": name,
@@ -699,6 +691,9 @@ def chat(model: Llama, tok: Tokenizer, seed: int, **knobs):
         try:
             line = input("> ").strip()
             turns = [*turns, line] if line else []
+            if len(turns) > 1 and len(tok.chat(*turns)) + knobs["max_new"] > model.cfg.max_len:
+                print(f"(the chat has outgrown the context of {model.cfg.max_len} tokens: a new one begins with this)")
+                turns = [line]
             if line:
                 turns.append(say(model, tok, turns, (seed, len(turns)), **knobs))
         except (EOFError, KeyboardInterrupt):
@@ -724,6 +719,10 @@ def parse_args() -> argparse.Namespace:
         parser.error("--prompts FILE and --out FILE belong together, and leave no place for a prompt")
     if args.out and args.out.suffix not in (".json", ".jsonl"):
         parser.error(f"--out {args.out}: name it .json (AlpacaEval) or .jsonl (rows, MT-Bench)")
+    if args.out and not args.out.parent.is_dir():
+        parser.error(f"--out {args.out}: its folder is not there; make it first")
+    if args.batch < 1:
+        parser.error("--batch is at least 1")
     return args
 
 

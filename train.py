@@ -2,7 +2,7 @@
 
     torchrun train.py --iters 3                                    the zoo: minutes on a laptop CPU
     torchrun --nproc-per-node 8 train.py --init LLAMA --data DATA --out RUN
-    python train.py --preset 70b --gpus 64 --plan                  what that needs, before anything starts
+    python train.py --preset 70b --data DATA --gpus 64 --plan      what that needs, before anything starts
     python train.py --help                                         every knob
 
 Every chapter turns files of the run folder into files of the run folder, and one whose product is there is skipped.
@@ -60,11 +60,12 @@ from model import (
     parallelize,
     read_json,
     read_shape,
+    read_text,
     save,
     write_json,
     write_text,
 )
-from sample import alpaca_rows, read_rows
+from sample import read_rows
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,9 @@ class Config:
     offload: bool = False  # master weights, their gradients and the optimizer's state lie in the CPU's memory
 
 
-# These may change between two starts.
-FREE = ("out", "iters", "save_every", "evaluator", "tp", "dp_replicate", "recompute", "offload")
+# These may change between two starts: who ran out of memory starts again with less at once.
+FREE = ("out", "iters", "sample_batch", "micro_tokens", "save_every", "evaluator", "tp", "dp_replicate", "recompute",
+        "offload")  # fmt: skip
 CHUNK = 8  # batches of sequences that each process samples between two commits
 ASKED = []  # signals that have asked this process to stop; work in hand is brought to a safe end first
 
@@ -151,7 +153,8 @@ def main(cfg: Config):
             train_dpo(cfg, mesh, data, start, end)  # M_t -> M_t+1
     for name in models:
         examine(cfg, mesh, data, name)
-    log(judge.show(judge.report(Path(cfg.out))))
+    if dist.get_rank() == 0:
+        log(judge.show(judge.report(Path(cfg.out))))
 
 
 # ---- chapters ----------------------------------------------------------------------------------------------
@@ -466,8 +469,9 @@ def examine(cfg: Config, mesh, data: dict, name: str):
         what, file = f"{name} answers the test prompts", f"{name}/test.jsonl"
         answers = answer(cfg, mesh, model, tok, data["test"], what, ("test",), file)
         if dist.get_rank() == 0:
-            texts = [(a["prompt"], a["response"]) for a in answers]
-            write_json(Path(cfg.out) / name / "alpaca_eval.json", alpaca_rows(texts, name, Path(cfg.data).name))
+            texts = [{"turns": [a["prompt"]], "responses": [a["response"]]} for a in answers]
+            for_alpaca_eval = sample.as_file(texts, name, Path(cfg.data).name, ".json")
+            write_text(Path(cfg.out) / name / "alpaca_eval.json", for_alpaca_eval)
         put(cfg, name, "test.jsonl", answers)
     if "exam.jsonl" in todo:
         what, file = f"{name} judges ranked answers", f"{name}/exam.jsonl"
@@ -538,7 +542,8 @@ def optimize(
 def gradient(cfg: Config, model, batch, examples, *, pack, loss, units) -> tuple[dict[str, float], float]:
     """Leave the gradient of a whole batch in the model, clipped at 1, however the batch is cut.
 
-    Returns means over units of what the loss shows, the batch's tokens, the share of padding, and the norm.
+    Returns means over units of what the loss shows, the batch's tokens, the share of what was put through the model
+    and is thrown away (rows that some process repeats, see `micro_batches`), and the norm.
     """
     total, found, sums = sum(units(examples[i]) for i in batch), [], Counter()
     for rows, weight in micro_batches(cfg, batch, examples):
@@ -636,7 +641,8 @@ def resume(cfg: Config, model, optimizer, identity: dict) -> int:
 
 
 def batches(sizes: list[int], batch: int, epochs: int, key: tuple) -> list[list[int]]:
-    """Row numbers of every update: shuffled anew each epoch, rows of like length together so that little is padding.
+    """Row numbers of every update: shuffled anew each epoch, rows of like length in one batch, so that its cuts and
+    processes have equal work.
 
     Every row is seen once an epoch; the last batch may be smaller.
     """
@@ -731,20 +737,17 @@ def data_folder(cfg: Config) -> Path:
 def open_run(cfg: Config) -> dict:
     """Read all the run needs before anything costs time; refuse an --out that belongs to another configuration."""
     folder, data = Path(cfg.out), data_folder(cfg)
-    texts = {}
-    template = Path(cfg.judge_template or data / "judge.txt")
-    for path in (template, data / "propose.txt"):
-        if not path.is_file():
-            raise BadInput(f"{path}: not found; copy it from data/zoo or data/oasst and edit it")
-        texts[path] = path.read_text(encoding="utf-8")
+    template, propose = Path(cfg.judge_template or data / "judge.txt"), data / "propose.txt"
+    texts = {path: read_text(path, "copy it from data/zoo or data/oasst and edit it") for path in (template, propose)}
+    sample.places_of(texts[propose], propose)
 
     def rows(name, *keys, read=read_rows):
         return read(data / name, *keys) if (data / name).exists() else []
 
     found = {
         "judge_template": judge.check_template(texts[template], template),
-        "propose": texts[data / "propose.txt"],
-        "ift": read_rows(data / "ift.jsonl", "prompt", "response"),
+        "propose": texts[propose],
+        "ift": [{k: r[k] for k in ("prompt", "response")} for r in read_rows(data / "ift.jsonl", "prompt", "response")],
         "eft": rows("eft.jsonl", "prompt", "response", "judgement") if cfg.eft_size else [],
         "exam": rows("eft_eval.jsonl", read=judge.read_ranked),
         "test": rows("test.jsonl", "prompt"),
@@ -783,9 +786,7 @@ def done(cfg: Config, name: str, file: str) -> bool:
     """Is this product there? Files appear whole or not at all, so being there is being finished."""
     stop_if_asked()  # and nobody looks before all are here
     tidy(cfg)
-    there = (Path(cfg.out) / name / file).exists()
-    dist.barrier()  # nobody makes it before all have looked
-    return there
+    return share([(Path(cfg.out) / name / file).exists()])[0]  # as the first one sees it: file systems may lag
 
 
 def put(cfg: Config, name: str, file: str, rows: list[dict]):
@@ -1061,7 +1062,7 @@ def seed_sizes(cfg: Config, tok=None) -> dict[str, list[int]]:
     """
     data = data_folder(cfg)
     path = Path(cfg.judge_template or data / "judge.txt")
-    template = path.read_text(encoding="utf-8") if path.exists() else ""
+    template = read_text(path, "give --judge-template a file") if path.exists() else ""
 
     def rows(name, *keys):
         return read_rows(data / name, "prompt", *keys) if (data / name).exists() else []
@@ -1149,10 +1150,12 @@ def show_plan(cfg: Config, machine: dict, found: dict):
 # ---- flags -------------------------------------------------------------------------------------------------
 
 
-def parse_flags(argv: list[str] | None = None) -> dict:
-    """What the command line gives. Config's fields are flags, and the comment behind a field is its help."""
-    source = inspect.getsource(Config)
-    helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
+def parse_args(argv: list[str] | None = None) -> tuple[Config, dict]:
+    """Config, overridden by the data folder's recipe.json, that by a preset, and that by flags; and the flags given.
+
+    Config's fields are flags, and the comment behind a field is its help.
+    """
+    helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     parser = argparse.ArgumentParser(
         description="Self-Rewarding Language Models: M0 -> M1 -> M2 -> M3.",
         usage="train.py [--FLAG VALUE ...], where --help lists the flags",
@@ -1166,12 +1169,7 @@ def parse_flags(argv: list[str] | None = None) -> dict:
     parser.add_argument("--plan", action="store_true", help="print memory, tokens, hours and disk, and start nothing")
     for name, (kind, value, what) in MACHINE.items():
         parser.add_argument("--" + name.replace("_", "-"), type=kind, help=f"of --plan: {what} ({value!r})")
-    return vars(parser.parse_args(argv))
-
-
-def parse_args(argv: list[str] | None = None) -> Config:
-    """Config, overridden by the data folder's recipe.json, that by a preset, and that by flags."""
-    given, knobs = parse_flags(argv), Config.__dataclass_fields__
+    given, knobs = vars(parser.parse_args(argv)), Config.__dataclass_fields__
     path = Path(given.get("data", Config.data)) / "recipe.json"
     recipe = read_json(path) if path.exists() else {}
     for key, value in recipe.items():
@@ -1185,7 +1183,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
         raise BadInput(
             "--init names the folder of the pretrained checkpoint, M0; only --preset SIZE --plan goes without"
         )
-    return cfg
+    return cfg, given
 
 
 def checked(cfg: Config) -> Config:
@@ -1229,7 +1227,7 @@ def command(argv: list[str] | None = None):
     rank, code = int(os.environ.get("RANK", 0)), 0
     error = f"error on process {rank}:" if rank else "error:"
     try:
-        cfg, given = parse_args(argv), parse_flags(argv)
+        cfg, given = parse_args(argv)
         if "plan" in given:
             machine = {name: given.get(name, value) for name, (_, value, _) in MACHINE.items()}
             shape, tok, _ = read_shape(cfg.init) if cfg.init else (CONFIGS[given["preset"]], None, None)
@@ -1240,6 +1238,9 @@ def command(argv: list[str] | None = None):
         code = 130 if signal.SIGINT in ASKED else 75
     except BadInput as e:
         sys.exit(f"{error} {e}")
+    except BrokenPipeError:  # as in `| head`; what Python flushes at its end goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(f"{error} nobody reads what this prints; finished files are whole, the same command goes on")
     except OSError as e:
         sys.exit(f"{error} {e.filename or cfg.out}: {e.strerror}; finished files are whole: make room or mend it, then "
                  "start the same command again")  # fmt: skip

@@ -36,7 +36,7 @@ IFT_ONLY = ablate.VARIANTS[1]
 @pytest.mark.parametrize("v", ablate.VARIANTS, ids=lambda v: v.name)
 def test_every_variant_is_a_run_that_train_can_make_and_a_full_one_but_for_its_flags(v):
     flags = [flag.format(multiple_choice="runs/ablations/multiple-choice/zoo") for flag in v.flags.split()]
-    cfg, full = (train.parse_args(["--data", str(ZOO), *f, "--iters", str(v.iters)]) for f in (flags, []))
+    cfg, full = (train.parse_args(["--data", str(ZOO), *f, "--iters", str(v.iters)])[0] for f in (flags, []))
     differ = {k for k, value in vars(cfg).items() if value != getattr(full, k)}
     recipe = set(json.loads((ZOO / "recipe.json").read_text())) if "--data" in flags else set()  # not made yet
     assert differ - recipe == {flag[2:].replace("-", "_") for flag in flags[::2]}

@@ -733,7 +733,9 @@ def test_a_writer_that_repeats_itself_is_given_up_after_bounded_attempts(tok):
     assert 21 <= len(write.keys) <= 21 + 4 and max(write.waves) <= 4
 
 
-@pytest.mark.parametrize("template, seeds", [("no place", SEEDS), (TEMPLATE, SEEDS[:7]), ("", SEEDS)])
+@pytest.mark.parametrize(
+    "template, seeds", [("no place", SEEDS), (TEMPLATE, SEEDS[:7]), ("{1} {3}", SEEDS), ("", SEEDS)]
+)
 def test_a_template_that_cannot_be_filled_is_refused(tok, template, seeds):
     with pytest.raises(BadInput, match="template"):
         propose(Writer(tok), tok, template, seeds, 1, key=(0,))
@@ -790,6 +792,20 @@ def test_the_chat_remembers_its_turns_until_an_empty_line(shared, monkeypatch, c
     tok = load(folder)[1]
     assert seen == [tok.chat("Once there was"), tok.chat("Once there was", first, "and then"), tok.chat("Again")]
     assert second and third
+
+
+def test_a_chat_that_outgrows_the_context_begins_anew_with_the_line_at_hand(shared, monkeypatch, capsys):
+    seen, folder = [], shared / "stories260K" / "hf"
+    net, tok = load(folder)
+    lines = iter(["Once there was a dog and " * 4 + str(n) for n in range(12)])
+    monkeypatch.setattr("builtins.input", lambda mark: next(lines))
+    monkeypatch.setattr(sample, "say", lambda model, tok, turns, *_, **__: seen.append(list(turns)) or "So it was.")
+    with pytest.raises(StopIteration):
+        sample.chat(net, tok, 0, max_new=60, temperature=1.0, top_p=1.0)
+    assert len(seen) == 12 and all(turns[-1].endswith(f" {n}") for n, turns in enumerate(seen))
+    lengths = [len(tok.chat(*turns)) + 60 for turns in seen]
+    assert max(lengths) <= net.cfg.max_len and [len(turns) for turns in seen].count(1) > 1
+    assert capsys.readouterr().out.count("outgrown the context of 512 tokens") == [len(t) for t in seen].count(1) - 1
 
 
 @pytest.mark.parametrize(
@@ -932,6 +948,8 @@ REFUSED = [
     ["--out", "x.json"],
     ["Hi", "--prompts", "x", "--out", "x.json"],
     ["--prompts", "x.jsonl", "--out", "x.csv"],
+    ["--prompts", "x.jsonl", "--out", "nowhere/x.json"],
+    ["--prompts", "x.jsonl", "--out", "x.json", "--batch", "0"],
 ]
 
 

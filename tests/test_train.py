@@ -71,7 +71,7 @@ def flags_of(world, out, *flags, data=None) -> list[str]:
 def run(world, out: Path, *flags, data=None) -> Path:
     """A whole run in this process."""
     try:
-        train.main(train.parse_args(flags_of(world, out, *flags, data=data)))
+        train.main(train.parse_args(flags_of(world, out, *flags, data=data))[0])
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -103,14 +103,14 @@ def same(a: dict[str, bytes], b: dict[str, bytes]):
 
 
 def variant(world, folder: Path, files: dict) -> Path:
-    """A copy of the data folder with other files: rows, texts, or None for one taken away."""
+    """A copy of the data folder with other files: rows, texts, bytes, or None for one taken away."""
     data = folder / "data"
     shutil.copytree(world.data, data)
     for name, content in files.items():
         if content is None:
             (data / name).unlink()
-        elif isinstance(content, str):
-            (data / name).write_text(content)
+        elif isinstance(content, str | bytes):
+            (data / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         else:
             write_rows(data / name, content)
     return data
@@ -280,8 +280,6 @@ def metrics_text(out: Path) -> list[dict]:
 def ready_to_sample(world, whole, out: Path) -> list[str]:
     """Flags of a run that stands before M1's first responses, and cuts 9 prompts into chunks of 5 and 4."""
     part_of(whole, out, "SFT/*", "M1/*", "M[23]/prompts.jsonl")
-    config = json.loads((out / "config.json").read_text()) | {"sample_batch": 2}
-    (out / "config.json").write_text(json.dumps(config))
     return flags_of(world, out, "--sample-batch", 2, "--iters", 2)
 
 
@@ -499,8 +497,6 @@ def test_micro_batches_of_any_size_take_the_same_steps(world, tmp_path, micro):
     flags = ("--dropout", 0, "--batch", 16, "--sft-lr", 2e-4, "--dpo-lr", 2e-4, "--iters", 2, "--sft-epochs", 2)
     one = run(world, tmp_path / "one", *flags)
     out = part_of(one, tmp_path / "run", "M2/*s.jsonl")
-    config = json.loads((out / "config.json").read_text()) | {"micro_tokens": micro}
-    (out / "config.json").write_text(json.dumps(config))
     run(world, out, *flags, "--micro-tokens", micro)
     for name in ("SFT", "M1", "M2"):
         close(metrics(out, name), metrics(one, name), ["loss", "grad_norm"], 1e-5)
@@ -855,7 +851,7 @@ def test_positive_trains_m0_on_the_seed_rows_and_exactly_the_responses_of_mean_s
 
 
 def test_a_positive_has_a_mean_of_exactly_5_and_an_end(world):
-    cfg = train.parse_args(flags_of(world, "run"))
+    cfg = train.parse_args(flags_of(world, "run"))[0]
     rows = [{"id": 0, "k": k, "response": f"It is {k}.", "tokens": [k], "truncated": k == 3} for k in range(5)]
     scores = judge.mean_scores([{"id": 0, "k": k, "score": s} for k, s in ((0, 5), (0, 4), (1, 5), (1, 5), (3, 5))])
     asked = [{"id": 0, "prompt": "What is it?"}]
@@ -1105,7 +1101,7 @@ VALUES = {
 def test_every_flag_parses_to_the_type_of_its_field(field):
     text = VALUES.get(field.name, {int: "7", float: "0.25", str: "x", bool: "yes"}[field.type])
     argv = [*NOWHERE, "--" + field.name.replace("_", "-"), *([text] if field.type is not bool else [])]
-    cfg = train.parse_args(argv)
+    cfg = train.parse_args(argv)[0]
     value = getattr(cfg, field.name)
     assert type(value) is field.type and value == field.type(text) != field.default
     assert asdict(cfg) == asdict(train.Config()) | {"data": "/nowhere", field.name: value}  # and nothing else moves
@@ -1113,7 +1109,7 @@ def test_every_flag_parses_to_the_type_of_its_field(field):
 
 def test_flags_override_the_recipe_and_the_recipe_the_defaults(tmp_path):
     (tmp_path / "recipe.json").write_text('{"iters": 2, "beta": 1, "prompts": "5"}')
-    cfg = train.parse_args(["--data", str(tmp_path), "--iters", "4"])
+    cfg = train.parse_args(["--data", str(tmp_path), "--iters", "4"])[0]
     assert (cfg.iters, cfg.beta, cfg.prompts, cfg.seed) == (4, 1, "5", 0)
     for recipe, word in (('{"lr": 1}', "lr"), ('{"iters": "2"}', "iters"), ('{"beta": "x"}', "beta"), ("{", "JSON"),
                          ('{"iters": true}', "iters"), ("[1]", "recipe.json")):  # fmt: skip
@@ -1124,7 +1120,8 @@ def test_flags_override_the_recipe_and_the_recipe_the_defaults(tmp_path):
 
 def test_all_knobs_are_saved_with_the_run(whole):
     config = json.loads((whole / "config.json").read_text())
-    assert config == asdict(train.parse_args(["--data", config["data"], "--init", config["init"], "--out", str(whole)]))
+    cfg, _ = train.parse_args(["--data", config["data"], "--init", config["init"], "--out", str(whole)])
+    assert config == asdict(cfg)
 
 
 class Made(Exception):
@@ -1237,9 +1234,31 @@ BAD_DATA = {
     "template without response": ({"judge.txt": "Grade {prompt}.\n"}, ["judge.txt", "{response}"]),
     "no judge template": ({"judge.txt": None}, ["judge.txt", "not found"]),
     "no writer template": ({"propose.txt": None}, ["propose.txt", "not found"]),
+    "a writer template without a place": ({"propose.txt": "Question:"}, ["propose.txt", "{1}"]),
+    "a writer template that leaves one out": ({"propose.txt": "{1}\n{3}\n"}, ["propose.txt", "leaves one out"]),
+    "a template that is not UTF-8": ({"judge.txt": b"Note \xe9 {prompt} {response}"}, ["judge.txt", "byte 5", "UTF-8"]),
+    "responses that are a number": ({"eft_eval.jsonl": [{"prompt": "x", "responses": 0.5, "ranks": [0]}]},
+                                    ["eft_eval.jsonl:1", "no usable responses"]),
     "recipe with a stray key": ({"recipe.json": '{"learning_rate": 1}'}, ["recipe.json", "learning_rate"]),
     "recipe that is no object": ({"recipe.json": "[1]"}, ["recipe.json"]),
 }  # fmt: skip
+
+
+def test_rows_of_ift_teach_answers_whatever_else_they_hold(world, tmp_path, monkeypatch):
+    data = variant(
+        world, tmp_path, {"ift.jsonl": [IFT | {"judgement": None, "id": 7}, IFT | {"judgement": "Score: 1"}]}
+    )
+    monkeypatch.setattr(train.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(train.dist, "barrier", lambda: None)
+    assert train.open_run(train.parse_args(flags_of(world, tmp_path / "run", data=data))[0])["ift"] == [IFT, IFT]
+
+
+def test_output_that_nobody_reads_ends_the_command_in_one_line():
+    argv = [sys.executable, "train.py", "--preset", "7b", "--plan"]
+    with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 1 and said.startswith("error: nobody reads") and said.count("\n") == 1, said
 
 
 @pytest.mark.parametrize("case", BAD_DATA)
@@ -1514,10 +1533,10 @@ def test_memory_is_what_torchs_tracker_finds(tmp_path):
 def test_presets_fit_with_the_papers_knobs_and_flags_override_them(size, tmp_path):
     (tmp_path / "recipe.json").write_text('{"sample_batch": 3, "tp": 4, "max_response": 99}')
     argv = ["--data", str(tmp_path), "--preset", size, "--plan"]
-    cfg = train.parse_args(argv)
+    cfg = train.parse_args(argv)[0]
     assert {k: getattr(cfg, k) for k in PAPER} == PAPER
     assert asdict(cfg).items() >= train.PRESETS[size].items() and cfg.max_response == 99
-    assert train.parse_args([*argv, "--sample-batch", "7"]).sample_batch == 7
+    assert train.parse_args([*argv, "--sample-batch", "7"])[0].sample_batch == 7
     machine = {"gpus": BY_SIZE[size], "gpu_memory": 80.0, "rate": 200.0}
     cfg = replace(cfg, max_response=1024)
     found = train.plan(cfg, CONFIGS[size], machine, train.seed_sizes(cfg))
@@ -1549,7 +1568,7 @@ def test_plan_refuses_what_cannot_fit_with_the_remedy_and_starts_and_writes_noth
 
 
 def test_the_plan_bounds_what_a_real_run_does(world, whole):
-    cfg = train.parse_args(flags_of(world, whole))
+    cfg = train.parse_args(flags_of(world, whole))[0]
     shape, tok, _ = read_shape(world.base)
     machine = {"gpus": 1, "gpu_memory": 80.0, "rate": 1.0}
     sizes = train.seed_sizes(cfg, tok)
