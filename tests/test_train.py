@@ -605,10 +605,24 @@ def judged(world):
     return data
 
 
+@pytest.fixture(scope="session")
+def selected(world, judged):
+    """A whole run that asks the oracle every 2 updates; nobody writes into it."""
+    return run(world, world.folder / "selected", *selecting(judged), data=judged)
+
+
+def selecting(judged: Path) -> tuple:
+    return "--iters", 2, "--batch", 1, "--valid-every", 2, "--evaluator", judged / "oracle.py", "--save-every", 3
+
+
+def before_dpo(selected: Path, out: Path) -> Path:
+    return part_of(selected, out, "SFT/*", "M1/*", "M2/*s.jsonl")
+
+
 @pytest.mark.parametrize("verdicts, taken", [([1, 1, -1, 1], 6), ([0], 2), ([1] * 99, -1)])
-def test_dpo_ends_where_answers_to_the_validation_prompts_are_no_longer_better(world, judged, tmp_path, monkeypatch, verdicts, taken):  # fmt: skip  # noqa: E501
+def test_dpo_ends_where_answers_to_the_validation_prompts_are_no_longer_better(world, judged, selected, tmp_path, monkeypatch, verdicts, taken):  # fmt: skip  # noqa: E501
     """A tie is not better. The model is the last that was, to the bit, and what was asked lies there to be read."""
-    copy, seen, left, asked = tmp_path / "run", {}, list(verdicts), []
+    copy, seen, left, asked = before_dpo(selected, tmp_path / "run"), {}, list(verdicts), []
 
     def outcomes(a, b, **judge):
         asked.append((len(a), judge["oracle"]))
@@ -622,11 +636,10 @@ def test_dpo_ends_where_answers_to_the_validation_prompts_are_no_longer_better(w
     better = train.better
     monkeypatch.setattr(train, "better", watch)
     monkeypatch.setattr(judge, "outcomes", outcomes)
-    oracle = judged / "oracle.py"
-    run(world, copy, "--iters", 2, "--batch", 1, "--valid-every", 2, "--evaluator", oracle, data=judged)
+    run(world, copy, *selecting(judged), data=judged)
     steps = len(read_rows(copy / "M2" / "pairs.jsonl")) * 3
     taken = steps if taken == -1 else taken
-    assert asked == [(4, oracle)] * (len(seen) - 1) and max(seen) == min(steps, taken + 2) and steps > 8
+    assert asked == [(4, judged / "oracle.py")] * (len(seen) - 1) and max(seen) == min(steps, taken + 2) and steps > 8
     assert all(torch.equal(p, seen[taken][k]) for k, p in load(copy / "M2")[0].named_parameters())
     assert any(not torch.equal(p, seen[2][k]) for k, p in seen[max(seen)].items())
     answers = sorted(p.name for p in (copy / "M2").glob("valid-*.jsonl"))
@@ -634,15 +647,13 @@ def test_dpo_ends_where_answers_to_the_validation_prompts_are_no_longer_better(w
     assert len(metrics(copy, "M2")) == max(seen)
 
 
-def test_a_run_that_selects_is_the_same_when_it_was_killed_while_it_answered_and_saved(world, judged, tmp_path):
-    flags = ("--iters", 2, "--batch", 1, "--valid-every", 2, "--evaluator", judged / "oracle.py", "--save-every", 3)
-    run(world, tmp_path / "whole", *flags, data=judged)
-    argv = flags_of(world, tmp_path / "killed", *flags, data=judged)
+def test_a_run_that_selects_is_the_same_when_it_was_killed_while_it_answered_and_saved(world, judged, selected, tmp_path):  # fmt: skip  # noqa: E501
+    argv = flags_of(world, before_dpo(selected, tmp_path / "killed"), *selecting(judged), data=judged)
     for place, what in (("save", "saving"), ("file", "M2/valid-4.jsonl")):
         died = start(argv, tmp_path / "log", kill=(place, what, 0))
         assert died.code == -9, died.err
     assert start(argv, tmp_path / "log").code == 0
-    for path in (p for p in (tmp_path / "whole" / "M2").rglob("*") if p.is_file()):
+    for path in (p for p in (selected / "M2").rglob("*") if p.is_file()):
         assert path.read_bytes() == (tmp_path / "killed" / "M2" / path.name).read_bytes(), path
 
 
