@@ -34,6 +34,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
+torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every new shape of prompts, half a second each
+
 
 class BadInput(Exception):
     """What the user gave cannot be used. The message is one line: what, where, what to do."""
@@ -133,7 +135,8 @@ class Rows:
 
     def attend(self, layer, q, k, v):
         """Attention of every row: q (1, H, T, hd), k and v (1, K, T, hd) -> (1, H, T, hd)."""
-        if q.is_cuda and q.dtype != torch.float32:
+        flash = q.is_cuda and q.dtype != torch.float32 and q.shape[-1] % 8 == 0  # SDPA pads heads, varlen_attn does not
+        if flash and torch.cuda.get_device_capability(q.device)[0] >= 8:
             return self.attend_fused(layer, q, k, v)
         if self.masks is None:  # what a row sees that has a prefix; the others need none, which is faster
             self.masks = [torch.ones(n, p + n, dtype=torch.bool, device=q.device).tril(p) if p else None
@@ -152,11 +155,14 @@ class Rows:
             at, sizes = [0, *accumulate(self.lengths)], (self.lengths, [n + p for n, _, p in self.layout])
             spans = [span for row, (n, of, p) in enumerate(self.layout) for span in ((at[of], p), (at[row], n))]
             keys = torch.cat([torch.arange(start, start + n) for start, n in spans]).to(q.device)  # (S,)
+            keys = keys if len(keys) > q.shape[2] else None  # no row has a prefix: all keys as they are
             ends = [torch.tensor([0, *accumulate(s)], dtype=torch.int32, device=q.device) for s in sizes]
             self.fused = keys, *ends, *map(max, sizes)
         keys, *where = self.fused
         q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))  # (T, H or K, hd)
-        k, v = (t.index_select(0, keys).repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))  # (S, H, hd)
+        k, v = (t if keys is None else t.index_select(0, keys) for t in (k, v))  # (S, K, hd)
+        if (group := q.shape[1] // k.shape[1]) > 1:
+            k, v = (t.repeat_interleave(group, 1) for t in (k, v))  # (S, H, hd)
         causal = (-1, 0)  # no limit to the left, none to the right of a query; a row's last one sees all of its keys
         return varlen_attn(q, k, v, *where, window_size=causal).transpose(0, 1)[None]
 
@@ -948,12 +954,13 @@ def gathered(model: nn.Module):
     the ranks of a tp group must be given the same rows.
     """
     sharded = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    hooks = [(m._forward_pre_hooks, m._forward_hooks) for m in sharded]
     for m in sharded:
         m.unshard()
-        m.set_reshard_after_forward(False, recurse=False)
+        m._forward_pre_hooks, m._forward_hooks = {}, {}  # FSDP's: they gather and note each block in every step
     try:
         yield model
     finally:
-        for m in sharded:
-            m.set_reshard_after_forward(True, recurse=False)
+        for m, (before, after) in zip(sharded, hooks, strict=True):
+            m._forward_pre_hooks, m._forward_hooks = before, after
             m.reshard()

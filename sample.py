@@ -53,7 +53,7 @@ TRIES = 4  # random numbers that a token may take
 
 def draw(weights, u):
     """One place a row, as likely as its weight: weights (B, V) and u (B,) in [0, 1) -> (B,)."""
-    cumulative = weights.cumsum(-1)
+    cumulative = weights.cumsum(-1, dtype=torch.float64 if weights.is_cuda else None)  # there the order of sums varies
     total = cumulative[:, -1:].contiguous()
     place = torch.searchsorted(cumulative, u[:, None] * total, right=True)
     place = torch.minimum(place, torch.searchsorted(cumulative, total))  # rounding may not pass the last one
@@ -63,7 +63,9 @@ def draw(weights, u):
 def nucleus(probs, top_p: float):
     """probs (B, V) with 0 for all but the most likely tokens, up to and including the one that crosses p."""
     top = probs.sort(dim=-1, descending=True).values
-    kept = (top.cumsum(-1) - top < top_p).sum(-1, keepdim=True).clamp(min=1)
+    kept = (
+        (top.cumsum(-1, dtype=torch.float64 if top.is_cuda else None) - top < top_p).sum(-1, keepdim=True).clamp(min=1)
+    )
     return probs.masked_fill(probs < top.gather(-1, kept - 1), 0)
 
 
@@ -141,7 +143,7 @@ class Decoder:
         usable = self.device.type == "cpu" and torch.backends.mkldnn.is_available()
         usable &= "forward" not in vars(model.lm_head)  # tensor parallel layers have their own
         half = model.lm_head.weight.dtype != torch.float32
-        usable &= not half or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # by the processor
+        usable = usable and (not half or torch.ops.mkldnn._is_mkldnn_bf16_supported())  # by the processor
         if not usable or sum(p.nbytes for p in model.parameters()) > free_memory(self.device) / 2:
             return
         for attention, mlp in ((block.self_attn, block.mlp) for block in model.layers):

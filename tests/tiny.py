@@ -325,7 +325,7 @@ def start(argv, folder: Path, *, world: int = 1, kill=None, timeout: float = 120
     folder.mkdir(parents=True, exist_ok=True)
     logs, arguments = [folder / f"rank{rank}" for rank in range(world)], []
     for rank, log in enumerate(logs):
-        env = ranks | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
+        env = {"CUDA_VISIBLE_DEVICES": ""} | (ranks | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {})
         arguments.append((list(map(str, argv)), str(log), env, kill))
     codes = together(job, arguments, timeout, watch)
     out, err = ("".join(Path(f"{log}.{name}").read_text() for log in logs) for name in ("out", "err"))

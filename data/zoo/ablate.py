@@ -175,10 +175,13 @@ def run(v: Variant, seed: int, args: argparse.Namespace, full: Future | None):
 
 
 def run_all(variants: list[Variant], args: argparse.Namespace):
-    """Full runs first, then what starts from them, `workers` side by side. The first that fails ends all."""
+    """Full runs first, then what starts from them, `workers` side by side. The first that fails ends all.
+
+    Seed by seed, or a worker would wait for the last full run with the variants of the others still to do.
+    """
     with ThreadPoolExecutor(args.workers) as pool:
         fulls = {seed: pool.submit(run, FULL, seed, args, None) for seed in args.seeds}
-        rest = [pool.submit(run, v, seed, args, fulls[seed]) for v, seed in product(variants[1:], args.seeds)]
+        rest = [pool.submit(run, v, seed, args, fulls[seed]) for seed, v in product(args.seeds, variants[1:])]
         try:
             for job in wait([*fulls.values(), *rest], return_when=FIRST_EXCEPTION).done:
                 job.result()
