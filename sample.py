@@ -51,9 +51,14 @@ def uniforms(key: tuple, count: int) -> torch.Tensor:
 TRIES = 4  # random numbers that a token may take
 
 
+def running_sum(weights):
+    """Along the vocabulary; on a GPU, which adds in any order, in double precision: all of a tp group draw alike."""
+    return weights.cumsum(-1, dtype=torch.float64 if weights.is_cuda else None)
+
+
 def draw(weights, u):
     """One place a row, as likely as its weight: weights (B, V) and u (B,) in [0, 1) -> (B,)."""
-    cumulative = weights.cumsum(-1, dtype=torch.float64 if weights.is_cuda else None)  # there the order of sums varies
+    cumulative = running_sum(weights)
     total = cumulative[:, -1:].contiguous()
     place = torch.searchsorted(cumulative, u[:, None] * total, right=True)
     place = torch.minimum(place, torch.searchsorted(cumulative, total))  # rounding may not pass the last one
@@ -63,9 +68,7 @@ def draw(weights, u):
 def nucleus(probs, top_p: float):
     """probs (B, V) with 0 for all but the most likely tokens, up to and including the one that crosses p."""
     top = probs.sort(dim=-1, descending=True).values
-    kept = (
-        (top.cumsum(-1, dtype=torch.float64 if top.is_cuda else None) - top < top_p).sum(-1, keepdim=True).clamp(min=1)
-    )
+    kept = (running_sum(top) - top < top_p).sum(-1, keepdim=True).clamp(min=1)
     return probs.masked_fill(probs < top.gather(-1, kept - 1), 0)
 
 
