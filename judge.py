@@ -7,7 +7,7 @@ Paper section 2.2: the model that wrote the responses also grades them. Its judg
     python judge.py runs/zoo --show M2:17      the life of one prompt, from its writer to DPO's margin
     python judge.py runs/zoo/M3 runs/zoo/M1 --judge-url URL --judge-model NAME  two sets of answers, by an outsider
 
-A head-to-head needs somebody outside the loop: a model that sees both answers, in both orders (section 5.1), or in a
+A head-to-head needs somebody outside the loop: a model that sees both answers, in both orders (section 3.1), or in a
 toy world `oracle.py` of the data folder, which knows the true quality. Training reads neither.
 
 Left out: win rates corrected for length, several judges at once, APIs other than OpenAI's chat completions.
@@ -319,7 +319,7 @@ def head_to_head(a: list[float], b: list[float], resamples: int = 10000) -> dict
     return {"win": win, "tie": tie, "lose": lose, "low": float(low), "high": float(high), "counts": counts.tolist()}
 
 
-# ---- outside judges: which of two answers is better (section 5.1) ------------------------------------------
+# ---- outside judges: which of two answers is better (section 3.1) ------------------------------------------
 
 COMPARE = """\
 Two assistants have answered the same user. Which response helps this user more? What counts is that it does what was \
