@@ -88,9 +88,14 @@ def measure(cfg, mesh, rows: int, length: int, dtype=torch.bfloat16, recompute=F
 
         @torch.no_grad()
         def sample():
+            hooks = [(m, m._forward_pre_hooks, m._forward_hooks) for m in net.modules()]
+            net.set_reshard_after_forward(False)
             with gathered(net):  # the prompts are read; the cache has room for the responses
+                for m, before, after in hooks:  # FSDP's, that the tracker counts by
+                    m._forward_pre_hooks, m._forward_hooks = before, after
                 tokens, cache = torch.zeros(rows, len(text), dtype=torch.long), net.new_cache(rows, length)
                 net(tokens, cache, readout=lambda h, head: head(h[:, -1]))
+            net.set_reshard_after_forward(True)
 
         if "sample" in cases:
             parts = found["sample"] = peak(net, None, sample)
