@@ -49,7 +49,7 @@ reproduce: .venv/run  ## seeds 0, 1, 2 and the control with shuffled scores (RES
 	for seed in 0 1 2; do $(BIN)/torchrun train.py --seed $$seed --out runs/seed-$$seed && $(BIN)/python judge.py runs/seed-$$seed || exit 1; done
 	$(BIN)/torchrun train.py --iters 2 --control shuffle --out runs/shuffled && $(BIN)/python judge.py runs/shuffled
 
-ablations: .venv/run  ## the method without each of its parts, three seeds, one table: about an hour (ARGS="--workers 8")
+ablations: .venv/run  ## the method without each of its parts, three seeds, one table: two hours on 2 slow cores (ARGS="--workers 8")
 	$(BIN)/python data/zoo/ablate.py $(ARGS)
 
 zoo: .venv/run  ## rebuild the zoo's rows and its pretrained base from a seed
