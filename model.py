@@ -31,7 +31,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every new shape of prompts, half a second each
@@ -151,6 +150,8 @@ class Rows:
 
     def attend_fused(self, layer, q, k, v):
         """The same by flash attention, for half precision on a GPU."""
+        from torch.nn.attention.varlen import varlen_attn  # here, since it brings torch's compiler along: a second
+
         if self.fused is None:  # which keys the rows see, and where rows end among queries and keys
             at, sizes = [0, *accumulate(self.lengths)], (self.lengths, [n + p for n, _, p in self.layout])
             spans = [span for row, (n, of, p) in enumerate(self.layout) for span in ((at[of], p), (at[row], n))]

@@ -188,7 +188,7 @@ def varlen(q, k, v, ends_q, ends_k, most_q, most_k, *, window_size):
 
 def test_the_kernel_for_gpus_is_asked_for_the_same_attention(examples, pairs, monkeypatch):
     """It does not run here: its arguments are checked against what it promises."""
-    monkeypatch.setattr(model, "varlen_attn", varlen)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
     tokens, _, layout = collate([examples[3], *pairs, examples[2]])
     rows = model.Rows(layout, "cpu")
     g = torch.Generator().manual_seed(0)

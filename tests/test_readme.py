@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import judge
+import sample
 import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,10 +53,15 @@ def test_what_the_paper_says_is_where_the_table_says_it_is():
         assert name in tests or any(f"def {name}(" in text for text in tests.values()), name
 
 
-@pytest.mark.parametrize(
-    "script",
-    ["train.py", "judge.py", "sample.py", "data/zoo/prepare.py", "data/zoo/ablate.py", "data/oasst/prepare.py"],
-)
+@pytest.mark.parametrize("command", [train, judge, sample], ids=lambda m: m.__name__)
+def test_every_command_explains_itself(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{command.__name__}.py", "--help"])
+    with pytest.raises(SystemExit) as e:
+        command.parse_args()
+    assert e.value.code == 0 and f"usage: {command.__name__}.py" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["data/zoo/prepare.py", "data/zoo/ablate.py", "data/oasst/prepare.py"])
 def test_every_script_it_names_explains_itself(script):
     assert script in README or script in MAKEFILE
     done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)

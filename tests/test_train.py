@@ -326,12 +326,12 @@ def test_sigterm_to_one_of_two_processes_saves_the_step_and_one_process_goes_on_
 ):
     out = part_of(one_process, tmp_path / "run", "SFT/*", "M2/prompts.jsonl")
     flags = flags_of(world, out, *UNEVEN, "--iters", 1)
-    result = start([*flags, "--tp", tp], tmp_path / "log", world=2, kill=("step", "M1", 7, "term", "1"))
+    result = start([*flags, "--tp", tp], tmp_path / "log", world=2, kill=("step", "M1", 4, "term", "1"))
     assert result.codes == [75, 75] and "Traceback" not in result.err, result.err
     assert "the same command goes on" in result.out.splitlines()[-1]
-    assert [p.name for p in (out / "M1" / "checkpoint").iterdir()] == ["7"]
+    assert [p.name for p in (out / "M1" / "checkpoint").iterdir()] == ["4"]
     again = start(flags, tmp_path / "log2")
-    assert again.code == 0 and "M1: goes on after step 7 of 18" in again.out, again.err
+    assert again.code == 0 and "M1: goes on after step 4 of 9" in again.out, again.err
     close(metrics(out, "M1"), metrics(one_process, "M1"), ["loss", "grad_norm"], 1e-5)
 
 
@@ -404,7 +404,7 @@ def close(a: list[dict], b: list[dict], keys, tolerance: float):
 
 # batch 5 over two processes: 3 and 2 rows, in micro-batches of one row or two; the last batch of an epoch is 1 row
 UNEVEN = ("--dropout", 0, "--batch", 5, "--micro-tokens", 70, "--sft-lr", 2e-4, "--dpo-lr", 2e-4, "--iters", 2,
-          "--sft-epochs", 2, "--dpo-epochs", 5)  # fmt: skip
+          "--sft-epochs", 1, "--dpo-epochs", 3)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -431,7 +431,7 @@ def test_processes_take_the_same_steps_as_one(world, one_process, tmp_path, layo
     result = start(flags_of(world, out, *UNEVEN, *flags), tmp_path / "log", world=processes)
     assert result.codes == [0] * processes and result.err == "", result.err
     for model, keys in (("M1", ["loss"]), ("M2", ["loss", "margin", "logp_chosen", "nll"])):
-        assert len(metrics(out, model)) >= 10
+        assert len(metrics(out, model)) >= 6
         close(metrics(out, model), metrics(one_process, model), [*keys, "grad_norm", "tokens"], 1e-5)
     assert {r["padding"] for r in metrics(one_process)} == {0}  # but a row that keeps others company is computed twice
     first = metrics(out, "M2")[0]

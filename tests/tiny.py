@@ -297,7 +297,7 @@ def together(target, arguments: list[tuple], timeout: float = 120, watch=None) -
     watch(processes) may look on and kill from outside.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "tiny", "pytest", "numpy", "runpy"])
+    context.set_forkserver_preload(["train", "tiny", "pytest", "numpy", "runpy", "torch._dynamo"])  # by optimizers
     started = [context.Process(target=target, args=args) for args in arguments]
     for process in started:
         process.start()
