@@ -40,7 +40,7 @@ import torch
 from tqdm import tqdm
 
 from model import BadInput, Llama, Tokenizer, read_json, write_json
-from sample import generate, load_here, read_questions, read_rows, rouge_l
+from sample import fingerprint, generate, load_here, read_questions, read_rows, rouge_l
 
 # ---- the judge's prompt and its verdict --------------------------------------------------------------------
 
@@ -61,21 +61,24 @@ def judge_prompt(template: str, prompt: str, response: str) -> str:
 
 
 MARKER = re.compile(r"score[\s*_]*:[\s*_<\[(`$]*", re.IGNORECASE)
-POINTS = re.compile(r"(\d+(?:\.\d+)?)(?![.,]?\d|[ \t]*[-\u2013]\s*\d)(?:\s*(?:/|out of)\s*(\d+))?", re.IGNORECASE)
+POINTS = re.compile(r"(\d+(?:\.\d+)?)(?![.,]?\d)(?:\s*\(?(?:points?\s+)?(?:/|out of|of)\s*(\d+)\)?)?", re.IGNORECASE)
+MORE = re.compile(r"[ \t]*(?:\([^)\n]*\))?[ \t]*(?:[-\u2013\u2014~+=]|(?:or|to|and)\b)\s*\d", re.IGNORECASE)
 
 
 def find_verdict(text: str) -> re.Match | None:
-    """Where the points of the last `Score:` stand, if they are readable and of 0 to 5."""
+    """Where the points of the last `Score:` stand, if they are readable, of 0 to 5, and no part of a sum or a range."""
     ends = [m.end() for m in MARKER.finditer(text)]
     found = POINTS.match(text, ends[-1]) if ends else None
-    return found if found and found[2] in (None, "5") and float(found[1]) <= 5 else None
+    if not found or MORE.match(text, found.end()):
+        return None
+    return found if found[2] in (None, "5") and float(found[1]) <= 5 else None
 
 
 def parse_score(text: str) -> float | None:
     """The verdict of a judgement: 0 to 5, or None where it cannot be read, which is never the same as a 0.
 
     Give it generated text only. The last `Score:` decides: "Score: 2 ... Score: 4" is 4.0, "**Score:** 4/5" is
-    4.0, "Score: 10", "Score: five" and "Score: 4/10" are None.
+    4.0, "Score: 10", "Score: five", "Score: 4/10" and "Score: 1 + 1 = 2" are None.
     """
     found = find_verdict(text)
     return float(found[1]) if found else None
@@ -607,10 +610,12 @@ def parse_rate(judgements: list[dict]) -> float | None:
 
 
 def read_metrics(run: Path) -> dict[str, list[dict]]:
-    """What training logged, by model: a row for each update."""
+    """What training logged, by model: a row for each update that is in it (a selection throws the last ones away)."""
     curves = defaultdict(list)
     for row in read_rows(run / "metrics.jsonl", empty=True) if (run / "metrics.jsonl").exists() else []:
         curves[row["model"]].append(row)
+    for path in run.glob("*/selected.json"):
+        curves[path.parent.name] = curves[path.parent.name][: read_json(path)["step"]]
     return dict(curves)
 
 
@@ -730,7 +735,9 @@ def report(run: Path, oracle=None) -> dict:
                 points = [oracle.criteria(a["prompt"], a["response"]) for a in answers]
                 out["models"][name]["criteria"] = {c: mean(float(p[c]) for p in points) for c in points[0]}
         if (folder / "exam.jsonl").exists():
-            exam = read_ranked(data / "eft_eval.jsonl")
+            exam, known = read_ranked(data / "eft_eval.jsonl"), config.get("files", {}).get("eft_eval.jsonl")
+            if known not in (None, fingerprint(data / "eft_eval.jsonl")):
+                raise BadInput(f"{data}/eft_eval.jsonl: has changed since {run} was made; bring the old file back")
             out["agreement"][name] = examined(exam, read_rows(folder / "exam.jsonl", empty=True))
         if (folder / "pairs.jsonl").exists():
             before = next(reversed(out["health"].values()), None)
@@ -1012,3 +1019,5 @@ if __name__ == "__main__":
         sys.exit(f"error: {e}")
     except BrokenPipeError:  # the reader has seen enough, as in `| head`; what Python flushes at its end goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as e:
+        sys.exit(f"error: {e.filename or 'output'}: {e.strerror}")

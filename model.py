@@ -566,10 +566,18 @@ def read_text(path: Path, remedy: str) -> str:
 
 
 def write_text(path: Path, text: str):
-    """Whole or not at all: what stands at `path` is never half-written."""
+    """Whole or not at all: what stands at `path` is never half-written, not even after a power cut."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as f:
+        f.write(text)
+        settle(f)
     os.replace(temporary, path)
+
+
+def settle(f):
+    """What has been written to an open file is on disk when this returns."""
+    f.flush()
+    os.fsync(f.fileno())
 
 
 def write_json(path: Path, d: dict | list, indent: int | None = 2):
@@ -774,6 +782,8 @@ def write_weights(path: Path, params: dict[str, nn.Parameter], dtype: torch.dtyp
             full = p.to(dtype).full_tensor() if isinstance(p, DTensor) else p
             if write:
                 f.write(full.to("cpu", dtype).contiguous().view(torch.uint8).numpy())
+        if write:
+            settle(f)
     if write:
         os.replace(temporary, path)
 

@@ -528,7 +528,7 @@ def propose(
     if len(shown) < places:
         raise BadInput(f"the prompt writer's template has {places} places, and {len(shown)} of {len(seeds)} seed "
                        f"prompts fit one (of {share} tokens); it needs as many prompts as places")  # fmt: skip
-    held_out, accepted, generated, tally, asked = set(held_out), [], [], Counter(), 0
+    held_out, accepted, generated, tally, asked = {p.strip() for p in held_out}, [], [], Counter(), 0
     pool = [words(p) for p in [*seeds, *taken]]
     while len(accepted) < count:
         if asked >= attempts * count:
@@ -553,6 +553,11 @@ def propose(
 
 
 # ---- rows of text, in and out ------------------------------------------------------------------------------
+
+
+def fingerprint(path: Path) -> str:
+    """By this a run knows a file of its data again."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 
 def usable(row, key: str) -> bool:
@@ -620,11 +625,11 @@ def answer(
     batch: int,
     max_new: int,
     top_p: float,
-) -> list[dict]:
+) -> Iterator[list[dict]]:
     """The questions with "responses" and "truncated", one of each for every turn (a later turn sees the earlier ones).
 
-    temperature None: 0.7, or that of MT-Bench's category. Ctrl-C returns what has been answered. Raises BadInput,
-    before anything is answered, where a question leaves no room for max_new tokens a turn.
+    They come in groups of some batches, to be kept at once. temperature None: 0.7, or that of MT-Bench's category.
+    Raises BadInput, before anything is answered, where a question leaves no room for max_new tokens a turn.
     """  # fmt: skip
     for number, q in enumerate(questions, 1):
         need = sum(len(tok.chat(text)) + max_new for text in q["turns"])
@@ -634,9 +639,8 @@ def answer(
     own = [MT_BENCH.get(q.get("category"), 0.7) if "question_id" in q else 0.7 for q in questions]
     todo = [q | {"id": i, "responses": [], "truncated": [], "temperature": t if temperature is None else temperature}
             for i, (q, t) in enumerate(zip(questions, own, strict=True))]  # fmt: skip
-    answered, most = [], 4 * batch
-    with tqdm(total=len(todo), unit=" prompts", disable=None) as bar, suppress(KeyboardInterrupt):
-        for group in (todo[at : at + most] for at in range(0, len(todo), most)):
+    with tqdm(total=len(todo), unit=" prompts", disable=None) as bar:
+        for group in (todo[at : at + 4 * batch] for at in range(0, len(todo), 4 * batch)):
             for turn, t in product(range(max(len(q["turns"]) for q in group)), {q["temperature"] for q in group}):
                 mine = [q for q in group if q["temperature"] == t and len(q["turns"]) > turn]
                 said = [[*chain(*zip(q["turns"], q["responses"], strict=False)), q["turns"][turn]] for q in mine]
@@ -645,9 +649,8 @@ def answer(
                 for q, r in zip(mine, respond(model, tok, rows, key=(*key, turn), n=1, **knobs), strict=True):
                     q["responses"].append(r["response"])
                     q["truncated"].append(r["truncated"])
-            answered += group
+            yield group
             bar.update(len(group))
-    return answered
 
 
 def as_file(answered: list[dict], name: str, dataset: str, suffix: str) -> str:
@@ -701,6 +704,9 @@ def chat(model: Llama, tok: Tokenizer, seed: int, **knobs):
                 turns = [line]
             if line:
                 turns.append(say(model, tok, turns, (seed, len(turns)), **knobs))
+        except BadInput as e:
+            print(f"({e}: a new chat begins)")
+            turns = []
         except (EOFError, KeyboardInterrupt):
             print()
             return
@@ -724,8 +730,8 @@ def parse_args() -> argparse.Namespace:
         parser.error("--prompts FILE and --out FILE belong together, and leave no place for a prompt")
     if args.out and args.out.suffix not in (".json", ".jsonl"):
         parser.error(f"--out {args.out}: name it .json (AlpacaEval) or .jsonl (rows, MT-Bench)")
-    if args.out and not args.out.parent.is_dir():
-        parser.error(f"--out {args.out}: its folder is not there; make it first")
+    if args.out and not os.access(args.out.parent, os.W_OK):
+        parser.error(f"--out {args.out}: its folder is not there or may not be written; make it first")
     if args.batch < 1:
         parser.error("--batch is at least 1")
     return args
@@ -740,10 +746,12 @@ def main():
     model, tok = load_here(args.checkpoint)
     knobs = {"top_p": args.top_p, "max_new": args.max_new}
     if args.prompts:
-        answered = answer(model, tok, questions, key=(args.seed,), temperature=args.temperature,
-                          batch=args.batch, **knobs)  # fmt: skip
-        name = args.name or Path(args.checkpoint).resolve().name
-        write_text(args.out, as_file(answered, name, args.prompts.stem, args.out.suffix))
+        answered, name = [], args.name or Path(args.checkpoint).resolve().name
+        knobs |= {"key": (args.seed,), "temperature": args.temperature, "batch": args.batch}
+        with suppress(KeyboardInterrupt):
+            for group in answer(model, tok, questions, **knobs):
+                answered += group
+                write_text(args.out, as_file(answered, name, args.prompts.stem, args.out.suffix))
         if len(answered) < len(questions):
             sys.exit(f"interrupted: {args.out} has the first {len(answered)} of {len(questions)} answers")
         return
@@ -759,3 +767,5 @@ if __name__ == "__main__":
         main()
     except BadInput as e:
         sys.exit(f"error: {e}")
+    except OSError as e:
+        sys.exit(f"error: {e.filename or 'output'}: {e.strerror}")

@@ -15,6 +15,7 @@ Left out: torch.compile of the training step (a tenth faster on a CPU, after min
 """
 
 import argparse
+import gc
 import hashlib
 import inspect
 import json
@@ -62,6 +63,7 @@ from model import (
     read_shape,
     read_text,
     save,
+    settle,
     write_json,
     write_text,
 )
@@ -119,6 +121,7 @@ class Config:
 # These may change between two starts: who ran out of memory starts again with less at once.
 FREE = ("out", "iters", "sample_batch", "micro_tokens", "save_every", "evaluator", "tp", "dp_replicate", "recompute",
         "offload")  # fmt: skip
+ROWS = ("ift", "eft", "eft_ranked", "eft_eval", "test", "valid")  # of a data folder; a run takes no others later
 CHUNK = 8  # batches of sequences that each process samples between two commits
 ASKED = []  # signals that have asked this process to stop; work in hand is brought to a safe end first
 
@@ -200,9 +203,6 @@ def write_eft(cfg: Config, mesh, data: dict) -> list[dict]:
         put(cfg, "M1", "eft_judgements.jsonl", [asked[j["id"], j["k"]] | j for j in found])
     if not done(cfg, "M1", "eft.jsonl"):
         judgements = read_rows(folder / "eft_judgements.jsonl", empty=True)
-        if any(j != j | asked.get((j["id"], j["k"]), {"id": None}) for j in judgements):
-            raise BadInput(f"{folder}/eft_judgements.jsonl: judges other replies than those of {cfg.data}/"
-                           "eft_ranked.jsonl; remove it and start again")  # fmt: skip
         rows, report = judge.eft_rows(data["ranked"], judgements, cfg.eft_size, (cfg.seed, "eft"))
         if dist.get_rank() == 0:
             write_json(folder / "eft_report.json", report)
@@ -432,6 +432,7 @@ def better(cfg: Config, mesh, data: dict, model, tok, name: str, step: int) -> b
         return False
     save_model(cfg, model, tok, f"{name}/saving")
     if dist.get_rank() == 0:
+        write_json(folder / "saving" / "selected.json", {"step": step})
         shutil.rmtree(folder / "selected", ignore_errors=True)
         os.replace(folder / "saving", folder / "selected")
     return True
@@ -753,6 +754,8 @@ def open_run(cfg: Config) -> dict:
     }
     found["ranked"] = rows("eft_ranked.jsonl", read=judge.read_ranked) if cfg.eft_size and not found["eft"] else []
     found["held_out"] = [r["prompt"] for r in found["exam"] + found["test"] + found["valid"]]
+    paths = [template, propose, *(data / f"{name}.jsonl" for name in ROWS)]
+    files = {path.name: sample.fingerprint(path) for path in paths if path.exists()}
     for number, row in enumerate(found["eft"], 1):
         if judge.parse_score(row["judgement"]) is None:
             raise BadInput(f"{data}/eft.jsonl: judgement {number} has no readable `Score: n` at its end; mend it")
@@ -773,10 +776,14 @@ def open_run(cfg: Config) -> dict:
             k = differ[0]
             raise BadInput(f"{saved}: this run was made with {k} = {other.get(k)!r}, now it is {mine[k]!r}; give "
                            "another --out, or the old value")  # fmt: skip
+        known = other.get("files", {})
+        if changed := [name for name in known if known[name] != files.get(name)]:
+            raise BadInput(f"{data}: {changed[0]} is not what it was when the run in {folder} began; give another "
+                           "--out, or bring the old file back")  # fmt: skip
     dist.barrier()  # nobody writes before all have read
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(saved, mine)
+        write_json(saved, mine | {"files": files})
     return found
 
 
@@ -800,8 +807,7 @@ def commit(cfg: Config, file: str, line: dict):
     """Append finished work to FILE.part, which `put` replaces by the whole file."""
     if dist.get_rank() == 0:
         (Path(cfg.out) / file).parent.mkdir(parents=True, exist_ok=True)
-        with (Path(cfg.out) / (file + ".part")).open("a", encoding="utf-8") as f:
-            f.write(json.dumps(line, ensure_ascii=False) + "\n")
+        append(Path(cfg.out) / (file + ".part"), line)
 
 
 def committed(cfg: Config, file: str) -> list[dict]:
@@ -840,8 +846,13 @@ def start_metrics(cfg: Config, name: str, step: int):
 
 def write_metrics(cfg: Config, line: dict):
     if dist.get_rank() == 0:
-        with (Path(cfg.out) / "metrics.jsonl").open("a", encoding="utf-8") as f:
-            f.write(json.dumps(line) + "\n")
+        append(Path(cfg.out) / "metrics.jsonl", line)
+
+
+def append(path: Path, line: dict):
+    with path.open("a", encoding="utf-8") as f:
+        f.write(json.dumps(line, ensure_ascii=False) + "\n")
+        settle(f)
 
 
 def shuffled(scores: dict[tuple, float], key: tuple) -> dict[tuple, float]:
@@ -907,7 +918,11 @@ def replica(cfg: Config) -> tuple[int, int]:
 
 
 def open_model(cfg: Config, mesh, folder):
-    """Load a checkpoint into fp32 master weights, on the device, dealt to the processes."""
+    """Load a checkpoint into fp32 master weights, on the device, dealt to the processes.
+
+    The caller has let go of the model before; what FSDP has dealt lies in cycles and leaves the memory only here.
+    """
+    gc.collect()
     dtype = getattr(torch, cfg.dtype or ("bfloat16" if mesh.device_type == "cuda" else "float32"))
     plain = mesh.size() == 1 and mesh.device_type == "cpu" and dtype == torch.float32  # nothing to shard or to cast
     shard = partial(parallelize, mesh=mesh, dtype=dtype, recompute=cfg.recompute, offload=cfg.offload)
@@ -1209,6 +1224,7 @@ def checked(cfg: Config) -> Config:
         (cfg.save_every >= 1, "--save-every counts updates and is at least 1"),
         (cfg.eft_size >= 0, "--eft-size is a number of rows, or 0"),
         (min(cfg.sft_epochs, cfg.dpo_epochs) >= 1, "epochs are at least 1"),
+        (min(cfg.sft_lr, cfg.dpo_lr) > 0 and math.isfinite(cfg.sft_lr + cfg.dpo_lr), "learning rates are positive"),
         (min(cfg.tp, cfg.dp_replicate) >= 1, "--tp and --dp-replicate are at least 1"),
         (min(cfg.max_prompt, cfg.max_response, cfg.max_judgement) >= 1, "lengths are at least 1 token"),
         (min(cfg.temperature, cfg.writer_temperature) >= 0, "temperatures are 0 (greedy) or more"),

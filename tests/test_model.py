@@ -549,6 +549,17 @@ def test_only_the_writing_process_touches_the_disk(cfg, net, tok, tmp_path):
     assert not (tmp_path / "m").exists()
 
 
+def test_files_are_on_disk_before_they_take_their_place(tmp_path, monkeypatch):
+    """Else a power cut may leave an empty file where a finished one stood."""
+    seen, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: seen.append(os.fstat(fd).st_size))
+    monkeypatch.setattr(os, "replace", lambda a, b: seen.append((Path(b).name, a.stat().st_size)) or replace(a, b))
+    model_py.write_text(tmp_path / "a.txt", "seven\n\n")
+    model_py.write_weights(tmp_path / "w", {"p": torch.nn.Parameter(torch.ones(3))}, torch.float32, True)
+    size = (tmp_path / "w").stat().st_size
+    assert seen == [7, ("a.txt", 7), size, ("w", size)] and size > 12
+
+
 @pytest.mark.parametrize("function", ["write_weights", "write_text", "write_config"])
 @pytest.mark.parametrize("before", [False, True], ids=["fresh", "over an old one"])
 def test_a_save_that_is_interrupted_leaves_no_folder_that_loads(cfg, net, tok, tmp_path, monkeypatch, function, before):

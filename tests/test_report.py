@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -38,6 +39,7 @@ from judge import (
     write_pages,
 )
 from model import BadInput, read_json, save
+from sample import fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -650,6 +652,26 @@ def test_a_reader_that_has_seen_enough_ends_the_command_quietly(made, flags):
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 0
     assert flags or (made[0] / "report.html").exists()
+
+
+def test_an_exam_that_is_another_now_is_not_reported(made, tmp_path):
+    """Judgements are matched with people's ranks by their place."""
+    run = tmp_path / "run"
+    shutil.copytree(made[0], run)
+    config = read_json(run / "config.json")
+    exam = Path(config["data"]) / "eft_eval.jsonl"
+    put(run / "config.json", config | {"files": {exam.name: fingerprint(exam)}})
+    assert report(run)["agreement"] == report(made[0])["agreement"]
+    put(run / "config.json", config | {"files": {exam.name: "another"}})
+    with pytest.raises(BadInput, match="eft_eval.jsonl: has changed since .*run was made; bring the old file back"):
+        report(run)
+
+
+def test_what_cannot_be_written_is_told_in_one_line(made):
+    argv = [sys.executable, ROOT / "judge.py", made[0] / "M1", made[0] / "M2", "--oracle",
+            made[0].parent / "data" / "oracle.py", "--out", "/proc/x.json"]  # fmt: skip
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 1 and re.fullmatch(r"error: /proc/x\.json.*: .+\n", done.stderr), done.stderr
 
 
 def test_a_models_folder_is_no_run(made, monkeypatch):

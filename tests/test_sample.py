@@ -648,7 +648,7 @@ def test_the_length_of_a_request_does_not_grow_over_calls(tok):
 
 
 def test_every_bad_prompt_is_dropped_and_counted_by_its_reason(tok):
-    taken, held_out = ["Tell me which boots the ferryman wore", fresh(1001)], ["Why is the evening sky so red?"]
+    taken, held_out = ["Tell me which boots the ferryman wore", fresh(1001)], ["Why is the evening sky so red? \n"]
     good = fresh(1002)
     near = " ".join(good.split()[:-1] + ["otherwise"])  # six of seven words in common
     part = " ".join(good.split()[:4])  # rouge 8/11
@@ -658,7 +658,7 @@ def test_every_bad_prompt_is_dropped_and_counted_by_its_reason(tok):
         SEEDS[4].upper(): "too similar",
         taken[0]: "too similar",
         taken[1]: "too similar",
-        held_out[0]: "held out",
+        held_out[0].strip(): "held out",
         good: "accepted",
         good + " ": "too similar",
         near: "too similar",
@@ -677,7 +677,7 @@ def test_every_bad_prompt_is_dropped_and_counted_by_its_reason(tok):
     assert {k: v for k, v in tally.items() if v and k != "accepted"} == {k: v for k, v in want.items() if k != "accepted"}  # fmt: skip  # noqa: E501
     assert tally["accepted"] == len(new) == len(set(new)) == 20
     assert good in new and double in new
-    assert not set(new) & {*SEEDS, *taken, *held_out, near, part}
+    assert not set(new) & {*SEEDS, *taken, held_out[0].strip(), near, part}
 
 
 def test_no_prompt_comes_twice_even_where_similar_ones_are_allowed(tok):
@@ -808,6 +808,18 @@ def test_a_chat_that_outgrows_the_context_begins_anew_with_the_line_at_hand(shar
     assert capsys.readouterr().out.count("outgrown the context of 512 tokens") == [len(t) for t in seen].count(1) - 1
 
 
+def test_a_line_that_cannot_be_answered_does_not_end_a_chat(net, tok, monkeypatch, capsys):
+    lines, said = iter(["Hi", "the owl " * 400, "\udcff", "Hi"]), []
+    monkeypatch.setattr("builtins.input", lambda mark: next(lines))
+    real = sample.say
+    monkeypatch.setattr(sample, "say", lambda *args, **knobs: said.append(real(*args, **knobs)) or said[-1])
+    with pytest.raises(StopIteration):
+        sample.chat(net, tok, 0, max_new=5, temperature=0, top_p=1.0)
+    out = capsys.readouterr().out
+    assert len(said) == 2 and said[0] == said[1] and out.count(": a new chat begins)") == 2
+    assert "more than the context of 512" in out and "half of a surrogate pair" in out
+
+
 @pytest.mark.parametrize(
     "args, message",
     [(["Hi", "--top-p", "0"], "top-p"), (["Hi " * 400], "context"), (["Hi", "--max-new", "0"], "max_new")],
@@ -835,7 +847,7 @@ ASKED = {"max_new": 12, "top_p": 0.95, "batch": 2}
 
 
 def test_the_second_turn_of_a_question_sees_the_first_and_its_answer(net, tok):
-    done = answer(net, tok, QUESTIONS, key=(3,), temperature=None, **ASKED)
+    (done,) = answer(net, tok, QUESTIONS, key=(3,), temperature=None, **ASKED)
     assert [len(q["responses"]) for q in done] == [2, 2, 1]
     for i, (q, t) in enumerate(zip(done, (0.7, 0.0, 0.1), strict=True)):  # as FastChat does for these categories
         said = []
@@ -850,13 +862,13 @@ def test_the_second_turn_of_a_question_sees_the_first_and_its_answer(net, tok):
 
 
 def test_a_temperature_that_is_given_counts_for_all_categories(net, tok):
-    greedy = answer(net, tok, QUESTIONS, key=(3,), temperature=0.0, **ASKED)
+    (greedy,) = answer(net, tok, QUESTIONS, key=(3,), temperature=0.0, **ASKED)
     for q in greedy:
         want = generate(net, [tok.chat(q["turns"][0])], [()], stop=[tok.eos], max_new=12, temperature=0)[0][0]
         assert q["responses"][0] == tok.decode([i for i in want if i != tok.eos]).strip()
 
 
-def test_ctrl_c_keeps_the_batches_that_are_answered(net, tok, monkeypatch):
+def test_ctrl_c_keeps_the_batches_that_are_answered(net, tok, tmp_path, monkeypatch):
     calls, real = [], sample.respond
 
     def interrupted(*args, **knobs):
@@ -866,16 +878,30 @@ def test_ctrl_c_keeps_the_batches_that_are_answered(net, tok, monkeypatch):
         return real(*args, **knobs)
 
     rows = [{"turns": [f"Number {i}"]} for i in range(10)]
-    whole = answer(net, tok, rows, key=(), temperature=1.0, max_new=4, top_p=1.0, batch=1)
+    whole = [*answer(net, tok, rows, key=(0,), temperature=1.0, max_new=4, top_p=1.0, batch=1)]
+    assert [len(group) for group in whole] == [4, 4, 2]
     monkeypatch.setattr(sample, "respond", interrupted)
-    assert answer(net, tok, rows, key=(), temperature=1.0, max_new=4, top_p=1.0, batch=1) == whole[:8]
+    monkeypatch.setattr(sample, "load_here", lambda folder: (net, tok))
+    asked, out = tmp_path / "asked.json", tmp_path / "said.jsonl"
+    asked.write_text(json.dumps([{"prompt": q["turns"][0]} for q in rows]))
+    flags = ["--batch", "1", "--temperature", "1", "--top-p", "1", "--max-new", "4"]
+    monkeypatch.setattr(sys, "argv", ["sample.py", "M", "--prompts", str(asked), "--out", str(out), *flags])
+    with pytest.raises(SystemExit, match=r"interrupted: .*said.jsonl has the first 8 of 10 answers"):
+        sample.main()
+    assert out.read_text() == as_file([*whole[0], *whole[1]], "M", "asked", ".jsonl")
+    out.unlink()
+    calls[:] = [1]
+    monkeypatch.setattr(sample, "as_file", lambda *_: sys.exit("the file was about to be written"))  # after one group
+    with pytest.raises(SystemExit, match="about to be written"):
+        sample.main()
+    assert len(calls) == 2
 
 
 def test_a_question_that_leaves_no_room_is_named_before_any_is_answered(net, tok, monkeypatch):
     monkeypatch.setattr(sample, "respond", None)
     long = {"question_id": 1, "turns": ["Hi", "the owl " * 60]}
     with pytest.raises(BadInput, match=r"^prompt 2 may need \d+ tokens with its answers, more than the context of 512"):
-        answer(net, tok, [QUESTIONS[0], long], key=(), temperature=None, **ASKED | {"max_new": 200})
+        next(answer(net, tok, [QUESTIONS[0], long], key=(), temperature=None, **ASKED | {"max_new": 200}))
 
 
 READ = {
