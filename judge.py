@@ -29,10 +29,11 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -91,14 +92,12 @@ def score(
 
     An empty response is not judged, nor is one that does not fit the context: it has no judgement and no score.
     """
-    rows = [r for r in rows if r["response"]]
-    prompts = [tok.chat(judge_prompt(template, r["prompt"], r["response"])) for r in rows]
-    fits = [i for i, ids in enumerate(prompts) if len(ids) + max_new <= model.cfg.max_len]
-    rows, prompts = [rows[i] for i in fits], [prompts[i] for i in fits]
-    keys = [(*key, r["id"], r["k"]) for r in rows]
+    asked = [(r, tok.chat(judge_prompt(template, r["prompt"], r["response"]))) for r in rows if r["response"]]
+    fit = [(r, ids) for r, ids in asked if len(ids) + max_new <= model.cfg.max_len]
+    prompts, keys = [ids for _, ids in fit], [(*key, r["id"], r["k"]) for r, _ in fit]
     drawn = generate(model, prompts, keys, n=votes, stop=[tok.eos], max_new=max_new, **knobs)
     out = []
-    for row, judgements in zip(rows, drawn, strict=True):
+    for (row, _), judgements in zip(fit, drawn, strict=True):
         for vote, ids in enumerate(judgements):
             text = tok.decode([i for i in ids if i != tok.eos])
             out.append({"id": row["id"], "k": row["k"], "vote": vote, "text": text, "score": parse_score(text)})
@@ -274,21 +273,14 @@ def agreement(ranks: list[list[int]], scores: list[list[float | None]]) -> dict:
     equal are in none of the three, nor are responses without a readable score. An exact match has the people's
     whole ordering, their ties included.
     """
-    right = wrong = tied = fives = five_best = exact = 0
-    for r, s in zip(ranks, scores, strict=True):
-        same = None not in s
-        for i in range(len(r)):
-            if s[i] is not None and s[i] >= 5:
-                fives, five_best = fives + 1, five_best + (r[i] == min(r))
-            for j in range(i):
-                if s[i] is None or s[j] is None:
-                    continue
-                human, judge = np.sign(r[j] - r[i]), np.sign(s[i] - s[j])
-                same &= bool(human == judge)
-                if human:
-                    right, wrong, tied = right + (judge == human), wrong + (judge == -human), tied + (judge == 0)
-        exact += same
     both = [[(-a, b) for a, b in zip(r, s, strict=True) if b is not None] for r, s in zip(ranks, scores, strict=True)]
+    orders = [[np.sign(np.subtract(x, y)) for x, y in combinations(pairs, 2)] for pairs in both]  # people's, judge's
+    counts = Counter(human * judge for order in orders for human, judge in order if human)
+    right, wrong, tied = counts[1], counts[-1], counts[0]
+    exact, fives = 0, []
+    for r, pairs, order in zip(ranks, both, orders, strict=True):
+        exact += len(pairs) == len(r) and all(human == judge for human, judge in order)
+        fives += [float(a == -min(r)) for a, b in pairs if b >= 5]
     both = [list(zip(*pairs, strict=True)) for pairs in both if len(pairs) > 1]
     total = right + wrong + tied
 
@@ -301,10 +293,10 @@ def agreement(ranks: list[list[int]], scores: list[list[float | None]]) -> dict:
         "pairwise_ties_half": share(right + tied / 2, total),
         "pairwise_ties_wrong": share(right, total),
         "exact_match": share(exact, len(ranks)),
-        "five_best": share(five_best, fives),
+        "five_best": mean(fives),
         "spearman": mean(spearman(*pair) for pair in both),
         "kendall": mean(kendall(*pair) for pair in both),
-        "pairs": int(total),
+        "pairs": total,
     }
 
 
@@ -314,8 +306,8 @@ def head_to_head(a: list[float], b: list[float], resamples: int = 10000) -> dict
     low and high bound win minus lose: a 95 % bootstrap interval over prompts, in points.
     """
     assert len(a) == len(b) and a, (len(a), len(b))
-    counts = np.array([sum(x > y for x, y in zip(a, b, strict=True)), 0, sum(x < y for x, y in zip(a, b, strict=True))])
-    counts[1] = len(a) - counts.sum()
+    signs = np.sign(np.subtract(a, b))
+    counts = np.array([(signs == sign).sum() for sign in (1, 0, -1)])
     drawn = np.random.default_rng(0).multinomial(len(a), counts / len(a), size=resamples)  # resampled prompts
     low, high = np.percentile((drawn[:, 0] - drawn[:, 2]) / len(a) * 100, [2.5, 97.5])
     win, tie, lose = (counts / len(a) * 100).tolist()
@@ -457,7 +449,7 @@ def fetch(request: urllib.request.Request, timeout: float) -> tuple[int, str, by
     return answer.status, answer.headers.get("Retry-After", ""), body
 
 
-def complete(url: str, key: str, body: dict, stop: threading.Event, *, timeout: float, tries: int, pause: float) -> str:
+def complete(url: str, key: str, body: dict, stop: threading.Event, *, timeout: float, tries=6, pause=1.0) -> str:
     """The text that an OpenAI-compatible endpoint answers; one without text (a refusal) is empty.
 
     What may pass is tried again, each time after twice the pause or when the server says: no connection, time-outs,
@@ -492,9 +484,7 @@ def complete(url: str, key: str, body: dict, stop: threading.Event, *, timeout: 
     raise BadInput(f"{problem}; given up after {attempt + 1} tries: answers are kept, the same command goes on")
 
 
-def ask_endpoint(
-    questions: list[str], keep: Callable, *, url: str, params: dict, timeout: float, parallel: int, tries=6, pause=1.0
-):
+def ask_endpoint(questions: list[str], keep: Callable, *, url: str, params: dict, timeout: float, parallel: int):
     """Ask an HTTP endpoint, `parallel` requests at a time; keep(question, text) for each answer."""
     key = (os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "").strip()
     if not (key.isascii() and key.isprintable()):
@@ -505,7 +495,7 @@ def ask_endpoint(
         body = params | {"messages": [{"role": "user", "content": question}]}
         try:
             if not stop.is_set():
-                keep(question, complete(url, key, body, stop, timeout=timeout, tries=tries, pause=pause))
+                keep(question, complete(url, key, body, stop, timeout=timeout))
         except Exception:
             if not stop.is_set():  # else the first failure is the one to tell of
                 stop.set()
@@ -743,18 +733,15 @@ def report(run: Path, oracle=None) -> dict:
             before = next(reversed(out["health"].values()), None)
             out["health"][name] = round_health(folder, oracle)
             out["warnings"] += [f"{name}: {line}" for line in warnings(out["health"][name], before)]
-    graded = [name for name in names if name in grades]
-    for i, b in enumerate(graded):
-        for a in graded[i + 1 :]:
-            out["head_to_head"][f"{a} vs {b}"] = head_to_head(grades[a], grades[b])
+    for b, a in combinations(grades, 2):
+        out["head_to_head"][f"{a} vs {b}"] = head_to_head(grades[a], grades[b])
     return out
 
 
 def cells(columns: list[str], rows: list[tuple]) -> list[list[str]]:
     """Header and rows of a table as text: two decimals, None as a dash."""
-    return [columns] + [
-        ["-" if c is None else f"{c:z.2f}" if isinstance(c, float) else str(c) for c in r] for r in rows
-    ]
+    rows = [columns, *rows]
+    return [["-" if c is None else f"{c:z.2f}" if isinstance(c, float) else str(c) for c in r] for r in rows]
 
 
 def table(title: str, columns: list[str], rows: list[tuple]) -> str:
@@ -778,33 +765,32 @@ def duels(title: str, found: dict[str, dict]) -> tuple[str, list[str], list[tupl
     )  # fmt: skip
 
 
-def tables(r: dict) -> list[tuple[str, list[str], list[tuple]]]:
+def tables(r: dict) -> Iterator[tuple[str, list[str], list[tuple]]]:
     """The report's (title, columns, rows): the paper's Figure 3 and Table 4 in miniature."""
-    parts = []
     if r["head_to_head"]:
-        parts.append(duels("Head to head on the test prompts, by the true reward", r["head_to_head"]))
+        yield duels("Head to head on the test prompts, by the true reward", r["head_to_head"])
         graded = {k: m for k, m in r["models"].items() if "true_mean" in m}
         names = list(next(iter(graded.values())).get("criteria", {}))
-        parts.append((
+        yield (
             "True quality of the answers (0 to 5, and the share that earns each point)",
             ["", "mean", *names, "tokens", "truncated %"],
             [(k, m["true_mean"], *(m["criteria"][c] for c in names), f"{m['tokens']:.1f}", percent(m["truncated"]))
              for k, m in graded.items()],
-        ))  # fmt: skip
+        )  # fmt: skip
     elif any(m["answers"] for m in r["models"].values()):
-        parts.append((
+        yield (
             "Answers to the test prompts", ["", "tokens", "characters", "truncated %"],
             [(k, m["tokens"], m["characters"], percent(m["truncated"])) for k, m in r["models"].items()],
-        ))  # fmt: skip
+        )  # fmt: skip
     if r["agreement"]:
-        parts.append((
+        yield (
             "The judge against held-out human rankings (percent; pairwise without ties; 5-best: fives ranked first)",
             ["", "pairwise", "ties", "exact", "5-best", "spearman", "kendall", "readable"],
             [(k, percent(a["pairwise"]), percent(a["tie_rate"]), percent(a["exact_match"]), percent(a["five_best"]),
               a["spearman"], a["kendall"], percent(a["parse_rate"])) for k, a in r["agreement"].items()],
-        ))  # fmt: skip
+        )  # fmt: skip
     if r["health"]:
-        parts.append((
+        yield (
             "What each self-rewarding round learned from (chosen, rejected: true mean; len: their tokens; r(len): rank "
             "correlation of score and length)",
             ["for", "prompts", "pairs", "ties", "readable", "score", "chosen", "rejected", "len +", "len -", "r(len)",
@@ -812,14 +798,13 @@ def tables(r: dict) -> list[tuple[str, list[str], list[tuple]]]:
             [(k, h["prompts"], h["pairs"], h["ties"], percent(h["parse_rate"]), h["score_mean"], h.get("true_chosen"),
               h.get("true_rejected"), f"{h['length_chosen']:.1f}", f"{h['length_rejected']:.1f}",
               h["score_length_correlation"], percent(h["truncated"])) for k, h in r["health"].items()],
-        ))  # fmt: skip
+        )  # fmt: skip
         scores = sorted({s for h in r["health"].values() for s in h["scores"]}, key=float)
-        parts.append((
+        yield (
             "The votes of each round by score, of those that could be read (percent)", ["for", *scores],
             [(k, *(f"{100 * h['scores'].get(s, 0) / max(1, sum(h['scores'].values())):.1f}" for s in scores))
              for k, h in r["health"].items()],
-        ))  # fmt: skip
-    return parts
+        )  # fmt: skip
 
 
 def show(r: dict) -> str:

@@ -217,14 +217,10 @@ class KVCache:
         self.kin, rows, cache = [], self.of, self.parent
         self.before = 0  # or (B, 1): tokens that a row goes on from
         while cache:
-            held = rows.tolist()
-            groups, nth = [[] for _ in range(max(held) + 1)], []
-            for b, row in enumerate(held):
-                nth.append(len(groups[row]))
-                groups[row].append(b)
-            most = max(map(len, groups))
-            grid = [group + [0] * (most - len(group)) for group in groups]
-            self.kin.append(Kin(cache, rows, *(torch.tensor(t, device=rows.device) for t in (grid, nth))))
+            nth = (rows == rows[:, None]).tril(-1).sum(1)  # (B,), how many before it go on from the same row
+            grid = rows.new_zeros(int(rows.max()) + 1, int(nth.max()) + 1)
+            grid[rows, nth] = torch.arange(len(rows), device=rows.device)
+            self.kin.append(Kin(cache, rows, grid, nth))
             self.before = self.before + (cache.end - cache.start[rows])[:, None]
             rows, cache = cache.of[rows], cache.parent
 
@@ -464,6 +460,7 @@ HF_KEYS = {"vocab_size": "vocab_size", "dim": "hidden_size", "layers": "num_hidd
            "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "ffn": "intermediate_size",
            "max_len": "max_position_embeddings", "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta",
            "tied": "tie_word_embeddings"}  # fields of ModelConfig -> keys of config.json  # fmt: skip
+FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}  # what config.json may not say otherwise
 IGNORED = ("rotary_emb.inv_freq", "rope.freqs")  # tables that older files store and we compute
 META = {"tok_embeddings": "embed_tokens", "output": "lm_head", "attention_norm": "input_layernorm",
         "ffn_norm": "post_attention_layernorm", "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
@@ -492,14 +489,10 @@ def read_config(folder: Path) -> ModelConfig:
     rope = d.get("rope_parameters") or d.get("rope_scaling") or {}
     if d.get("model_type") != "llama":
         raise BadInput(f"{path}: model_type is {d.get('model_type')!r}; only 'llama' checkpoints can be loaded")
-    for key, have, want in (
-        ("hidden_act", d.get("hidden_act", "silu"), "silu"),
-        ("attention_bias", d.get("attention_bias", False), False),
-        ("mlp_bias", d.get("mlp_bias", False), False),
-        ("rope type", rope.get("rope_type", rope.get("type", "default")), "default"),
-    ):
-        if have != want:
-            raise BadInput(f"{path}: {key} {have!r} is not Llama 2's {want!r}; this model cannot be loaded")
+    d["rope type"] = rope.get("rope_type", rope.get("type", "default"))
+    for key, want in (FIXED | {"rope type": "default"}).items():
+        if d.get(key, want) != want:
+            raise BadInput(f"{path}: {key} {d[key]!r} is not Llama 2's {want!r}; this model cannot be loaded")
     d.setdefault("tie_word_embeddings", False)
     d["num_key_value_heads"] = d.get("num_key_value_heads") or d.get("num_attention_heads")
     d["rope_theta"] = float(rope.get("rope_theta", d.get("rope_theta", 10000.0)))
@@ -546,9 +539,7 @@ def write_config(cfg: ModelConfig, tok: Tokenizer, dtype: torch.dtype, path: Pat
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         **{key: getattr(cfg, field) for field, key in HF_KEYS.items()},
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
+        **FIXED,
         "bos_token_id": tok.bos,
         "eos_token_id": tok.eos,
         "torch_dtype": str(dtype).removeprefix("torch."),
@@ -665,11 +656,8 @@ def copy_piece(p: nn.Parameter, shape: tuple, piece, number: int, by_columns: bo
     lo = [max(a, b) for a, b in zip(start, there, strict=True)]
     hi = [min(a + n, b + m) for a, n, b, m in zip(start, mine.shape, there, shape, strict=True)]
     if all(a < b for a, b in zip(lo, hi, strict=True)):
-
-        def part(origin):
-            return tuple(slice(a - o, b - o) for a, b, o in zip(lo, hi, origin, strict=True))
-
-        mine[part(start)].copy_(piece[part(there)])
+        to, of = (tuple(slice(a - o, b - o) for a, b, o in zip(lo, hi, at, strict=True)) for at in (start, there))
+        mine[to].copy_(piece[of])
 
 
 def halves(w: torch.Tensor, head_dim: int) -> torch.Tensor:

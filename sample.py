@@ -26,6 +26,7 @@ import string
 import sys
 import time
 import warnings
+from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -35,6 +36,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from model import BadInput, KVCache, Llama, Tokenizer, load, read_json, read_text, write_text
@@ -149,15 +151,13 @@ class Decoder:
         usable = usable and (not half or torch.ops.mkldnn._is_mkldnn_bf16_supported())  # by the processor
         if not usable or sum(p.nbytes for p in model.parameters()) > free_memory(self.device) / 2:
             return
+        places = [(model.lm_head, "forward", [model.lm_head])]
         for attention, mlp in ((block.self_attn, block.mlp) for block in model.layers):
-            self.replace(attention, "project", [attention.q_proj, attention.k_proj, attention.v_proj], rows)
-            self.replace(attention.o_proj, "forward", [attention.o_proj], rows)
-            self.replace(mlp, "widen", [mlp.gate_proj, mlp.up_proj], rows)
-            self.replace(mlp.down_proj, "forward", [mlp.down_proj], rows)
-        self.replace(model.lm_head, "forward", [model.lm_head], rows)
-
-    def replace(self, module, name: str, linears: list, rows: int):
-        self.products.append((vars(module), name, multiply(linears, rows)))
+            places.append((attention, "project", [attention.q_proj, attention.k_proj, attention.v_proj]))
+            places.append((attention.o_proj, "forward", [attention.o_proj]))
+            places.append((mlp, "widen", [mlp.gate_proj, mlp.up_proj]))
+            places.append((mlp.down_proj, "forward", [mlp.down_proj]))
+        self.products = [(vars(module), name, multiply(linears, rows)) for module, name, linears in places]
 
     def __call__(self, tokens, cache: KVCache):
         """tokens (B, T), the next ones of the cache's rows -> logits (B, V) of what follows them."""
@@ -173,9 +173,7 @@ class Decoder:
 def read(decoder: Decoder, texts: list[list[int]], head: KVCache | None = None):
     """Put texts through the model, behind what they have in common: the cache they leave, and logits (B, V)."""
     width, device = max(map(len, texts)), decoder.device
-    tokens = torch.zeros(len(texts), width, dtype=torch.long)
-    for b, ids in enumerate(texts):
-        tokens[b, width - len(ids) :] = torch.tensor(ids)
+    tokens = pad_sequence([torch.tensor(ids) for ids in texts], batch_first=True, padding_side="left")  # (B, width)
     cache = decoder.model.new_cache(len(texts), width, head)
     cache.start += torch.tensor([width - len(ids) for ids in texts], device=device)
     step = max(1, PIECE // len(texts))
@@ -234,9 +232,8 @@ class Slots:
         """As many of `count` slots as half of the free memory holds; at least one."""
         read = self.waiting.cache
         column = sum(t.nbytes for t in (*read.k, *read.v)) / (len(read.start) * read.columns)
-        room, fit = free_memory(self.decoder.device) / 2, count
-        while fit > 1 and column * self.columns(fit) > room:
-            fit = max(1, min(fit - 1, int(room / column * fit / self.columns(fit))))
+        room = free_memory(self.decoder.device) / 2 / column  # so many columns
+        fit = max(1, bisect(range(1, count + 1), room, key=self.columns))
         if fit < count:
             warnings.warn(f"memory holds keys and values of {fit} samples side by side, not {count}", stacklevel=3)
         return fit
@@ -246,7 +243,6 @@ class Slots:
         self.rows, self.said = [None] * count, [0] * count  # whose slot it is (None: free), how many tokens it has
         self.logits = torch.zeros(count, self.decoder.model.cfg.vocab_size, device=device)  # of the next token
         self.u = torch.zeros(count, self.max_new, TRIES, device=device)
-        self.at = torch.zeros(count, dtype=torch.long, device=device)  # the next of these
         if self.shared:
             self.prompts = new_cache(self.places_for(count), self.width, self.waiting.cache.parent)
             self.prompts.end = self.width
@@ -263,11 +259,12 @@ class Slots:
                 parent = self.prompts if self.shared else self.waiting.cache.parent
                 self.cache = self.decoder.model.new_cache(len(free), width + GROW, parent)
                 self.cache.end = width
-            new = self.take(len(free))
-            self.admit(free[: len(new)], new)
-            if not self.waiting and 8 * (len(free) - len(new)) > len(self.rows):
-                self.keep(self.taken())
-        return bool(self.rows)
+            if new := self.take(len(free)):
+                self.admit(free[: len(new)], new)
+            left = self.taken()
+            if left and not self.waiting and 8 * (len(self.rows) - len(left)) > len(self.rows):
+                self.keep(left)
+        return bool(self.taken())
 
     def take(self, count: int) -> list[Arrival]:
         """At most `count` samples from the queue, if there is a place for their prompts."""
@@ -283,9 +280,7 @@ class Slots:
         return new
 
     def admit(self, slots: list[int], new: list[Arrival]):
-        if not new:
-            return
-        to, firsts = torch.tensor(slots, device=self.at.device), [a for a in new if a.row % self.n == 0]
+        to, firsts = torch.tensor(slots, device=self.u.device), [a for a in new if a.row % self.n == 0]
         if self.shared:
             places = [r for r in range(len(self.prompts.start)) if r not in self.places.values()][: len(firsts)]
             self.places |= {a.row // self.n: r for a, r in zip(firsts, places, strict=True)}
@@ -294,7 +289,7 @@ class Slots:
         else:
             self.copy(self.cache, slots, new)
         self.logits[to] = torch.stack([a.logits for a in new])
-        self.u[to], self.at[to] = torch.stack([a.u for a in new]).to(to.device), 0
+        self.u[to] = torch.stack([a.u for a in new]).to(to.device)
         for s, a in zip(slots, new, strict=True):
             self.rows[s], self.said[s] = a.row, 0
 
@@ -302,15 +297,13 @@ class Slots:
         """What was read of their prompts becomes these rows of the cache."""
         for source, group in groupby(zip(rows, new, strict=True), key=lambda both: both[1].cache):
             to, index = zip(*((row, a.index) for row, a in group), strict=True)
-            cache.replace(*(torch.tensor(t, device=self.at.device) for t in (to, index)), source)
+            cache.replace(*(torch.tensor(t, device=self.u.device) for t in (to, index)), source)
 
     def keep(self, slots: list[int]):
         """Go on with these slots only, when none is waiting."""
-        index = torch.tensor(slots, dtype=torch.long, device=self.at.device)
+        index = torch.tensor(slots, device=self.u.device)
         self.rows, self.said = [self.rows[s] for s in slots], [self.said[s] for s in slots]
-        self.logits, self.u, self.at = self.logits[index], self.u[index], self.at[index]
-        if not slots:
-            return
+        self.logits, self.u = self.logits[index], self.u[index]
         width = self.cache.end - int(self.cache.start[index].min())
         self.cache.resize(index, width, width + GROW)
         if self.shared:
@@ -327,14 +320,13 @@ class Slots:
 
     def draw(self, temperature: float, top_p: float) -> list[list[int]]:
         """The next tokens of all slots: those of one step, or on a GPU of several."""
-        steps = min(LOOK, self.max_new - max(self.said[s] for s in self.taken())) if self.at.is_cuda else 1
-        tokens = []
+        steps = min(LOOK, self.max_new - max(self.said[s] for s in self.taken())) if self.u.is_cuda else 1
+        said, tokens = torch.tensor(self.said, device=self.u.device), []
         for i in range(steps):
             if i:
                 self.step()
-            u = self.u[torch.arange(len(self.u), device=self.u.device), self.at.clamp(max=self.max_new - 1)]
+            u = self.u[torch.arange(len(self.u), device=self.u.device), (said + i).clamp(max=self.max_new - 1)]
             self.drawn = pick(self.logits, u, temperature, top_p)
-            self.at += 1
             tokens.append(self.drawn)
         return torch.stack(tokens).tolist()
 
@@ -418,23 +410,17 @@ def respond(model: Llama, tok: Tokenizer, rows: list[dict], *, key: tuple, n: in
     prompts = [tok.chat(*(r["turns"] if "turns" in r else [r["prompt"]])) for r in rows]
     keys = [(*key, r["id"]) for r in rows]
     samples = generate(model, prompts, keys, n=n, stop=[tok.eos], **knobs)
-    return [
-        {
-            "id": row["id"],
-            "k": k,
-            "response": tok.decode(ids[:-1] if ids[-1] == tok.eos else ids).strip(),
-            "tokens": ids,
-            "truncated": ids[-1] != tok.eos,
-        }
-        for row, drawn in zip(rows, samples, strict=True)
-        for k, ids in enumerate(drawn)
-    ]
+    out = []
+    for row, drawn in zip(rows, samples, strict=True):
+        for k, ids in enumerate(drawn):
+            text = tok.decode(ids[:-1] if ids[-1] == tok.eos else ids).strip()
+            out.append({"id": row["id"], "k": k, "response": text, "tokens": ids, "truncated": ids[-1] != tok.eos})
+    return out
 
 
 # ---- new prompts, as in Self-Instruct ----------------------------------------------------------------------
 
-KEYWORDS = ["image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot"]
-UNFIT = re.compile(rf"\b({'|'.join(KEYWORDS)}|go to)\b", re.IGNORECASE)  # a text model cannot do these
+UNFIT = re.compile(r"\b((image|graph|picture|file|map)s?|draw|plot|go to)\b", re.IGNORECASE)  # a text model cannot
 
 
 def words(text: str) -> list[str]:
@@ -471,10 +457,8 @@ def unfit(text: str) -> str | None:
 def too_similar(text: str, pool: list[list[str]], rouge: float) -> bool:
     """Is its ROUGE-L with any text of the pool over the limit, or is it a copy?"""
     new = words(text)
-    for old in pool:  # no common subsequence is longer than the shorter text
-        if 2 * min(len(old), len(new)) > rouge * (len(old) + len(new)) and rouge_l(old, new) > rouge or old == new:
-            return True
-    return False
+    near = (old for old in pool if 2 * min(len(old), len(new)) > rouge * (len(old) + len(new)))  # others are too short
+    return new in pool or any(rouge_l(old, new) > rouge for old in near)
 
 
 GENERATED = 2  # examples of a request that were accepted before; the others are seeds (Wang et al. 2022: 2 of 8)

@@ -33,7 +33,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 
 # Waiting threads sleep after some microseconds: where cores are shared, spinning is slow; to sleep at once costs 40 %.
@@ -148,7 +148,7 @@ def main(cfg: Config):
     write_prompts(cfg, mesh, data)  # for all rounds, by the fixed writer
     seed = data["ift"] + eft
     seed_sft(cfg, mesh, data, "M1", seed)  # M0 -> M1: instructions and judging
-    for start, end in zip(models[1:], models[2:], strict=False):
+    for start, end in pairwise(models[1:]):
         self_reward(cfg, mesh, data, start, end)  # M_t writes, judges itself, prefers
         if cfg.control == "positive":
             seed_sft(cfg, mesh, data, end, seed + read_rows(Path(cfg.out) / end / "positives.jsonl"))  # M0 -> M_t+1
@@ -170,11 +170,10 @@ def seed_sft(cfg: Config, mesh, data: dict, name: str, rows: list[dict]):
     model, tok = open_model(cfg, mesh, cfg.init)
     examples = []
     for row in rows:
+        prompt, response = row["prompt"], row["response"]
         if "judgement" in row:
-            asked = judge.judge_prompt(data["judge_template"], row["prompt"], row["response"])
-            examples.append((tok.chat(asked), tok.response(row["judgement"])))
-        else:
-            examples.append((tok.chat(row["prompt"]), tok.response(row["response"])))
+            prompt, response = judge.judge_prompt(data["judge_template"], prompt, response), row["judgement"]
+        examples.append((tok.chat(prompt), tok.response(response)))
     room = model.cfg.max_len
     fit = [e for e in examples if len(e[0]) + len(e[1]) <= room]
     if len(fit) < len(examples):
@@ -225,20 +224,18 @@ def write_prompts(cfg: Config, mesh, data: dict):
     if not todo:
         return
     model, tok = open_model(cfg, mesh, cfg.writer or cfg.init)
-    stop = [tok.eos, *tok.newlines]
-    knobs = {"max_new": limit(cfg.max_prompt, model), "temperature": cfg.writer_temperature, "top_p": cfg.top_p,
-             "agree": partial(least, mesh)}  # fmt: skip
+    knobs = sampling(cfg, mesh) | {"temperature": cfg.writer_temperature, "stop": [tok.eos, *tok.newlines]}
+    knobs["max_new"] = limit(cfg.max_prompt, model)
 
     def write(ids, keys):
         def work(mine):
-            texts = sample.generate(model, [i for _, i, _ in mine], [k for *_, k in mine], stop=stop,
-                                    batch=cfg.sample_batch, tick=bar, **knobs)  # fmt: skip
-            return [(number, drawn[0]) for (number, *_), drawn in zip(mine, texts, strict=True)]
+            texts = sample.generate(model, [i for _, i in mine], [k for k, _ in mine], tick=bar, **knobs)
+            return [(key, drawn[0]) for (key, _), drawn in zip(mine, texts, strict=True)]
 
         of = digest(ids, keys)
         if of not in waves:  # the waves of an earlier start are not written again
-            drawn = spread(cfg, list(zip(range(len(ids)), ids, keys, strict=True)), work)
-            waves[of] = [ids for _, ids in sorted(drawn)]
+            drawn = spread(cfg, list(zip(keys, ids, strict=True)), work)
+            waves[of] = [ids for _, ids in sorted(drawn)]  # a key ends in the request's number
             commit(cfg, f"M{t + 1}/prompts.jsonl", {"of": of, "made": waves[of]})
         return waves[of]
 
@@ -305,15 +302,14 @@ def limit(tokens: int, model) -> int:
     return most
 
 
-def sampling(cfg: Config, mesh, stage: tuple) -> dict:
-    """Knobs of responses and of judgements. The seed and the stage key their random numbers: the test prompts have
-    the same ones for every model."""
-    return {"key": (cfg.seed, *stage), "temperature": cfg.temperature, "top_p": cfg.top_p, "batch": cfg.sample_batch,
-            "agree": partial(least, mesh)}  # fmt: skip
+def sampling(cfg: Config, mesh) -> dict:
+    """Knobs of all sampling; the writer has a temperature of its own."""
+    agree = partial(least, mesh)
+    return {"temperature": cfg.temperature, "top_p": cfg.top_p, "batch": cfg.sample_batch, "agree": agree}
 
 
 def in_chunks(cfg: Config, mesh, model, rows: list[dict], what: str, unit: str, file: str, each: int, work):
-    """What work(rows, tick) makes of rows, `each` sequences of a row, on all processes.
+    """What work(rows, tick=tick) makes of rows, `each` sequences of a row, on all processes.
 
     A finished chunk is committed beside `file`, and a later start goes on with the next. Chunks, not rows: a logit's
     last bits hang on which rows share its batch, and in a world of the same size the chunks are the same again.
@@ -328,22 +324,21 @@ def in_chunks(cfg: Config, mesh, model, rows: list[dict], what: str, unit: str, 
         for chunk in chunks:
             asked = [rows[i] for i in chunk]
             dealt = sorted(asked, key=lambda r: -len(r["prompt"] + r.get("response", "")))  # that all end together
-            made = spread(cfg, dealt, lambda mine: work(mine, bar))
+            made = spread(cfg, dealt, partial(work, tick=bar))
             commit(cfg, file, {"of": digest(asked), "rows": chunk, "made": made})
             found += made
     return sorted(found, key=lambda r: (r["id"], r["k"], r.get("vote", 0)))
 
 
 def respond(cfg: Config, mesh, model, tok, rows: list[dict], what: str, stage: tuple, n: int, file: str) -> list[dict]:
-    """n responses to each prompt, on all processes; prompts that leave no room for one are left out and counted."""
+    """n responses to each prompt, on all processes; prompts that leave no room for one are left out and counted.
+    The seed and the stage key their random numbers: the test prompts have the same ones for every model."""
     most = limit(cfg.max_response, model)
     fit = [r for r in rows if len(tok.chat(r["prompt"])) + most <= model.cfg.max_len]
     if len(fit) < len(rows):
         log(f"{what}: {len(rows) - len(fit)} prompts leave no room for a response of {most} tokens")
 
-    def work(mine, bar):
-        return sample.respond(model, tok, mine, n=n, max_new=most, tick=bar, **sampling(cfg, mesh, stage))
-
+    work = partial(sample.respond, model, tok, key=(cfg.seed, *stage), n=n, max_new=most, **sampling(cfg, mesh))
     return in_chunks(cfg, mesh, model, fit, what, "responses", file, n, work)
 
 
@@ -355,11 +350,8 @@ def answer(cfg: Config, mesh, model, tok, held_out: list[dict], what: str, stage
 
 def score(cfg: Config, mesh, model, tok, data: dict, rows: list[dict], what: str, stage: tuple, file: str):
     """The model's judgements of responses, on all processes."""
-    knobs = sampling(cfg, mesh, stage) | {"votes": cfg.votes, "max_new": limit(cfg.max_judgement, model)}
-
-    def work(mine, bar):
-        return judge.score(model, tok, data["judge_template"], mine, tick=bar, **knobs)
-
+    knobs = sampling(cfg, mesh) | {"votes": cfg.votes, "max_new": limit(cfg.max_judgement, model)}
+    work = partial(judge.score, model, tok, data["judge_template"], key=(cfg.seed, *stage), **knobs)
     found = in_chunks(cfg, mesh, model, rows, what, "judgements", file, cfg.votes, work)
     missing = len(rows) - len(found) // cfg.votes
     if missing:
@@ -499,19 +491,15 @@ def optimize(
     identity = {k: v for k, v in asdict(cfg).items() if k not in FREE} | asdict(model.cfg)
     identity |= {"model": name, "steps": len(plan), "rows": digest(plan, examples)}
     begin = resume(cfg, model, optimizer, identity)
-
-    def looks(step: int) -> bool:
-        return cfg.valid_every > 0 and step % cfg.valid_every == 0
-
+    looks = range(cfg.valid_every, len(plan) + 1, cfg.valid_every) if cfg.valid_every else ()  # after so many updates
     bar = tqdm(total=len(plan), initial=begin, desc=name, unit="step", disable=quiet())
     for step, batch in enumerate(plan[begin:], begin):
-        if step and looks(step) and not better(step):  # after a restart once more: what was answered and said is kept
+        if step in looks and not better(step):  # after a restart once more: what was answered and said is kept
             break
         began = time.time()
         cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, len(plan) - warm)))
         rate = lr * min((step + 1) / warm, end + (1 - end) * cosine)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        optimizer.param_groups[0]["lr"] = rate
         torch.manual_seed(random.Random(repr((cfg.seed, name, step, replica(cfg)[0]))).getrandbits(62))  # dropout
         sums, norm = gradient(cfg, model, batch, examples, pack=pack, loss=loss, units=units)
         if not math.isfinite(sums["loss"] + norm):
@@ -530,7 +518,7 @@ def optimize(
             shown = " ".join(f"{k} {v:.4g}" for k, v in line.items() if isinstance(v, float))
             log(f"{name} step {step + 1}/{len(plan)} {shown} {sums['tokens'] / seconds:,.0f} tok/s")
         stop = stopping()
-        if stop or (step + 1) % cfg.save_every == 0 or looks(step + 1):
+        if stop or (step + 1) % cfg.save_every == 0 or step + 1 in looks:
             checkpoint(cfg, model, optimizer, identity | {"step": step + 1})
         if stop:
             raise Stopped
@@ -628,8 +616,7 @@ def resume(cfg: Config, model, optimizer, identity: dict) -> int:
     if step:
         folder, remedy = home / str(step), f"remove {home} (and valid-*.jsonl beside it) to train {name} from its start"
         saved = read_json(folder / "training.json")
-        if differ := [k for k in identity if identity[k] != saved.get(k)]:
-            k = differ[0]
+        if k := next((k for k in identity if identity[k] != saved.get(k)), None):
             raise BadInput(f"{folder}: a checkpoint of another training, whose {k} is {saved.get(k)!r} and not "
                            f"{identity[k]!r}; {remedy}")  # fmt: skip
         try:
@@ -637,7 +624,11 @@ def resume(cfg: Config, model, optimizer, identity: dict) -> int:
         except dcp.CheckpointException:
             raise BadInput(f"{folder}: damaged or incomplete; {remedy}") from None
         log(f"{name}: goes on after step {step} of {identity['steps']}")
-    start_metrics(cfg, name, step)
+    path = Path(cfg.out) / "metrics.jsonl"
+    if dist.get_rank() == 0 and path.exists():  # what an earlier attempt has logged after this step is dropped
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+        write_text(path, "".join(line for line, row in whole if row["model"] != name or row["step"] <= step))
     return step
 
 
@@ -733,26 +724,27 @@ def data_folder(cfg: Config) -> Path:
     return data
 
 
+def optional(path: Path, *keys: str, read=read_rows) -> list[dict]:
+    return read(path, *keys) if path.exists() else []
+
+
 def open_run(cfg: Config) -> dict:
     """Read all the run needs before anything costs time; refuse an --out that belongs to another configuration."""
     folder, data = Path(cfg.out), data_folder(cfg)
     template, propose = Path(cfg.judge_template or data / "judge.txt"), data / "propose.txt"
     texts = {path: read_text(path, "copy it from data/zoo or data/oasst and edit it") for path in (template, propose)}
     sample.places_of(texts[propose], propose)
-
-    def rows(name, *keys, read=read_rows):
-        return read(data / name, *keys) if (data / name).exists() else []
-
     found = {
         "judge_template": judge.check_template(texts[template], template),
         "propose": texts[propose],
         "ift": [{k: r[k] for k in ("prompt", "response")} for r in read_rows(data / "ift.jsonl", "prompt", "response")],
-        "eft": rows("eft.jsonl", "prompt", "response", "judgement") if cfg.eft_size else [],
-        "exam": rows("eft_eval.jsonl", read=judge.read_ranked),
-        "test": rows("test.jsonl", "prompt"),
-        "valid": rows("valid.jsonl", "prompt"),
+        "eft": optional(data / "eft.jsonl", "prompt", "response", "judgement") if cfg.eft_size else [],
+        "exam": optional(data / "eft_eval.jsonl", read=judge.read_ranked),
+        "test": optional(data / "test.jsonl", "prompt"),
+        "valid": optional(data / "valid.jsonl", "prompt"),
     }
-    found["ranked"] = rows("eft_ranked.jsonl", read=judge.read_ranked) if cfg.eft_size and not found["eft"] else []
+    to_make = cfg.eft_size and not found["eft"]
+    found["ranked"] = optional(data / "eft_ranked.jsonl", read=judge.read_ranked) if to_make else []
     found["held_out"] = [r["prompt"] for r in found["exam"] + found["test"] + found["valid"]]
     paths = [template, propose, *(data / f"{name}.jsonl" for name in ROWS)]
     files = {path.name: sample.fingerprint(path) for path in paths if path.exists()}
@@ -771,9 +763,7 @@ def open_run(cfg: Config) -> dict:
             log(f"no {data / file}: {what}")
     if saved.exists():
         other = read_json(saved)
-        differ = [k for k in mine if k not in FREE and mine[k] != other.get(k, getattr(Config, k))]
-        if differ:
-            k = differ[0]
+        if k := next((k for k in mine if k not in FREE and mine[k] != other.get(k, getattr(Config, k))), None):
             raise BadInput(f"{saved}: this run was made with {k} = {other.get(k)!r}, now it is {mine[k]!r}; give "
                            "another --out, or the old value")  # fmt: skip
         known = other.get("files", {})
@@ -835,15 +825,6 @@ def digest(*what) -> str:
     return hashlib.blake2b(repr(what).encode(), digest_size=8).hexdigest()
 
 
-def start_metrics(cfg: Config, name: str, step: int):
-    """Drop what an earlier attempt at this model has logged after this step."""
-    path = Path(cfg.out) / "metrics.jsonl"
-    if dist.get_rank() == 0 and path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
-        write_text(path, "".join(line for line, row in whole if row["model"] != name or row["step"] <= step))
-
-
 def write_metrics(cfg: Config, line: dict):
     if dist.get_rank() == 0:
         append(Path(cfg.out) / "metrics.jsonl", line)
@@ -891,10 +872,8 @@ def start_processes(cfg: Config):
         torch.cuda.set_device(place)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     patience = timedelta(days=1)  # ranks may finish their texts hours apart
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=patience)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, timeout=patience, **alone)
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # it warns of what tp cannot do in one go
     shape = (cfg.dp_replicate, check_world(cfg, dist.get_world_size()), cfg.tp)
     mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "dp", "tp"))
@@ -1085,16 +1064,13 @@ def seed_sizes(cfg: Config, tok=None) -> dict[str, list[int]]:
     path = Path(cfg.judge_template or data / "judge.txt")
     template = read_text(path, "give --judge-template a file") if path.exists() else ""
 
-    def rows(name, *keys):
-        return read_rows(data / name, "prompt", *keys) if (data / name).exists() else []
-
     def size(prompt, response):
         return len(tok.chat(prompt) + tok.response(response)) if tok else len(prompt + response) // 4 + 10
 
     eft = [size(judge.judge_prompt(template, r["prompt"], r["response"]), r["judgement"])
-           for r in rows("eft.jsonl", "response", "judgement")]  # fmt: skip
+           for r in optional(data / "eft.jsonl", "prompt", "response", "judgement")]  # fmt: skip
     return {
-        "ift": [size(r["prompt"], r["response"]) for r in rows("ift.jsonl", "response")] or SEEDS,
+        "ift": [size(r["prompt"], r["response"]) for r in optional(data / "ift.jsonl", "prompt", "response")] or SEEDS,
         "eft": (eft or [0] * cfg.eft_size * (data / "eft_ranked.jsonl").exists()) if cfg.eft_size else [],
         "template": [size(template, "")],
     }

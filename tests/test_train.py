@@ -315,7 +315,7 @@ def test_rows_are_dealt_to_processes_by_length(place, tmp_path, monkeypatch):
     took = []
     cfg = train.Config(out=str(tmp_path), sample_batch=4)
     train.in_chunks(cfg, None, torch.nn.Linear(1, 1), rows, "", "", "M2/x.jsonl", 1,
-                    lambda mine, _: took.extend(len(r["prompt"] + r["response"]) for r in mine) or [])  # fmt: skip
+                    lambda mine, tick: took.extend(len(r["prompt"] + r["response"]) for r in mine) or [])  # fmt: skip
     assert took == sorted((len(r["prompt"] + r["response"]) for r in rows), reverse=True)[place::2]
 
 
