@@ -662,6 +662,8 @@ def test_an_exam_that_is_another_now_is_not_reported(made, tmp_path):
     exam = Path(config["data"]) / "eft_eval.jsonl"
     put(run / "config.json", config | {"files": {exam.name: fingerprint(exam)}})
     assert report(run)["agreement"] == report(made[0])["agreement"]
+    write_pages(run, report(run))
+    assert "files" not in (run / "report.md").read_text().split("## Knobs of the run")[1]  # a fingerprint is no knob
     put(run / "config.json", config | {"files": {exam.name: "another"}})
     with pytest.raises(BadInput, match="eft_eval.jsonl: has changed since .*run was made; bring the old file back"):
         report(run)

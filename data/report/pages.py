@@ -17,7 +17,7 @@ def write(run: Path, r: dict, figures: list[dict], numbers: list[tuple], grade=N
 
     numbers: tables as (title, header, *rows), all of them strings. grade(prompt, response): the true score, if known.
     """
-    texts, knobs = examples(run, r, grade), [(k, str(v) or "-") for k, v in r["config"].items()]
+    texts, knobs = examples(run, r, grade), [(k, str(v) or "-") for k, v in r["config"].items() if k != "files"]
     knobs = ("Knobs of the run", ["knob", "value"], *knobs)
     title = f"Report of {run.resolve().name}"
     said = [f"Warning, {line}" for line in r["warnings"]]
