@@ -897,16 +897,14 @@ def replica(cfg: Config) -> tuple[int, int]:
 
 
 def open_model(cfg: Config, mesh, folder):
-    """Load a checkpoint into fp32 master weights, on the device, dealt to the processes.
-
-    The caller has let go of the model before; what FSDP has dealt lies in cycles and leaves the memory only here.
-    """
-    gc.collect()
+    """Load a checkpoint into fp32 master weights, on the device, dealt to the processes."""
     dtype = getattr(torch, cfg.dtype or ("bfloat16" if mesh.device_type == "cuda" else "float32"))
     plain = mesh.size() == 1 and mesh.device_type == "cpu" and dtype == torch.float32  # nothing to shard or to cast
     shard = partial(parallelize, mesh=mesh, dtype=dtype, recompute=cfg.recompute, offload=cfg.offload)
     device = "cpu" if cfg.offload else mesh.device_type
     shard = None if plain and not (cfg.recompute or cfg.offload) else shard
+    if shard:
+        gc.collect()  # the model before, of which nobody has hold any more: FSDP has tied it into cycles
     model, tok = load(folder, torch.float32, device, cfg.dropout, shard)
     dist.barrier()  # who reads slowly is waited for here, for a day if need be, and not in the first forward pass
     return model.eval(), tok
