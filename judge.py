@@ -41,7 +41,7 @@ import torch
 from tqdm import tqdm
 
 from model import BadInput, Llama, Tokenizer, read_json, write_json
-from sample import fingerprint, generate, load_here, read_questions, read_rows, rouge_l
+from sample import digest, generate, load_here, optional, read_questions, read_rows, rouge_l
 
 # ---- the judge's prompt and its verdict --------------------------------------------------------------------
 
@@ -602,7 +602,7 @@ def parse_rate(judgements: list[dict]) -> float | None:
 def read_metrics(run: Path) -> dict[str, list[dict]]:
     """What training logged, by model: a row for each update that is in it (a selection throws the last ones away)."""
     curves = defaultdict(list)
-    for row in read_rows(run / "metrics.jsonl", empty=True) if (run / "metrics.jsonl").exists() else []:
+    for row in optional(run / "metrics.jsonl", empty=True):
         curves[row["model"]].append(row)
     for path in run.glob("*/selected.json"):
         curves[path.parent.name] = curves[path.parent.name][: read_json(path)["step"]]
@@ -707,7 +707,7 @@ def report(run: Path, oracle=None) -> dict:
     data, grades = Path(config["data"]), {}
     for name in names:
         folder = run / name
-        answers = read_rows(folder / "test.jsonl", "prompt", empty=True) if (folder / "test.jsonl").exists() else []
+        answers = optional(folder / "test.jsonl", "prompt", empty=True)
         out["models"][name] = {
             "answers": len(answers),
             "characters": mean(len(a["response"]) for a in answers),
@@ -726,7 +726,7 @@ def report(run: Path, oracle=None) -> dict:
                 out["models"][name]["criteria"] = {c: mean(float(p[c]) for p in points) for c in points[0]}
         if (folder / "exam.jsonl").exists():
             exam, known = read_ranked(data / "eft_eval.jsonl"), config.get("files", {}).get("eft_eval.jsonl")
-            if known not in (None, fingerprint(data / "eft_eval.jsonl")):
+            if known not in (None, digest((data / "eft_eval.jsonl").read_bytes())):
                 raise BadInput(f"{data}/eft_eval.jsonl: has changed since {run} was made; bring the old file back")
             out["agreement"][name] = examined(exam, read_rows(folder / "exam.jsonl", empty=True))
         if (folder / "pairs.jsonl").exists():

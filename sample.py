@@ -44,10 +44,14 @@ from model import BadInput, KVCache, Llama, Tokenizer, load, read_json, read_tex
 # ---- one token ---------------------------------------------------------------------------------------------
 
 
+def digest(*what) -> str:
+    """A short name for what was asked or read, by which a later start knows it again."""
+    return hashlib.blake2b(repr(what).encode(), digest_size=8).hexdigest()
+
+
 def uniforms(key: tuple, count: int) -> torch.Tensor:
     """`count` random numbers in [0, 1) that depend on nothing but the key."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.rand(count, generator=torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1))
+    return torch.rand(count, generator=torch.Generator().manual_seed(int(digest(*key), 16) >> 1))
 
 
 TRIES = 4  # random numbers that a token may take
@@ -539,11 +543,6 @@ def propose(
 # ---- rows of text, in and out ------------------------------------------------------------------------------
 
 
-def fingerprint(path: Path) -> str:
-    """By this a run knows a file of its data again."""
-    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
-
-
 def usable(row, key: str) -> bool:
     """Texts are not blank, lists not empty, log-probabilities are numbers."""
     value = row.get(key) if isinstance(row, dict) else None
@@ -573,6 +572,11 @@ def read_rows(path: Path, *keys: str, empty: bool = False) -> list[dict]:
     if not rows and not empty:
         raise BadInput(f"{path}: holds no rows; make it again or remove it")
     return rows
+
+
+def optional(path: Path, *keys: str, read=read_rows, **knobs) -> list[dict]:
+    """The rows of a file that need not be there."""
+    return read(path, *keys, **knobs) if path.exists() else []
 
 
 def read_questions(path: Path) -> list[dict]:

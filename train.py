@@ -16,7 +16,6 @@ Left out: torch.compile of the training step (a tenth faster on a CPU, after min
 
 import argparse
 import gc
-import hashlib
 import inspect
 import json
 import logging
@@ -67,7 +66,7 @@ from model import (
     write_json,
     write_text,
 )
-from sample import read_rows
+from sample import digest, optional, read_rows
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ class Config:
 # These may change between two starts: who ran out of memory starts again with less at once.
 FREE = ("out", "iters", "sample_batch", "micro_tokens", "save_every", "evaluator", "tp", "dp_replicate", "recompute",
         "offload")  # fmt: skip
-ROWS = ("ift", "eft", "eft_ranked", "eft_eval", "test", "valid")  # of a data folder; a run takes no others later
+ROWS = ("ift", "eft", "eft_ranked", "eft_eval", "test", "valid")  # of a data folder; a run goes on with these very rows
 CHUNK = 8  # batches of sequences that each process samples between two commits
 ASKED = []  # signals that have asked this process to stop; work in hand is brought to a safe end first
 
@@ -724,10 +723,6 @@ def data_folder(cfg: Config) -> Path:
     return data
 
 
-def optional(path: Path, *keys: str, read=read_rows) -> list[dict]:
-    return read(path, *keys) if path.exists() else []
-
-
 def open_run(cfg: Config) -> dict:
     """Read all the run needs before anything costs time; refuse an --out that belongs to another configuration."""
     folder, data = Path(cfg.out), data_folder(cfg)
@@ -747,7 +742,7 @@ def open_run(cfg: Config) -> dict:
     found["ranked"] = optional(data / "eft_ranked.jsonl", read=judge.read_ranked) if to_make else []
     found["held_out"] = [r["prompt"] for r in found["exam"] + found["test"] + found["valid"]]
     paths = [template, propose, *(data / f"{name}.jsonl" for name in ROWS)]
-    files = {path.name: sample.fingerprint(path) for path in paths if path.exists()}
+    files = {path.name: digest(path.read_bytes()) for path in paths if path.exists()}
     for number, row in enumerate(found["eft"], 1):
         if judge.parse_score(row["judgement"]) is None:
             raise BadInput(f"{data}/eft.jsonl: judgement {number} has no readable `Score: n` at its end; mend it")
@@ -818,11 +813,6 @@ def tidy(cfg: Config):
         for folder in Path(cfg.out).glob("*/checkpoint"):
             if (folder.parent / "config.json").exists():
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def digest(*what) -> str:
-    """A short name for what was asked, by which a later start knows it again."""
-    return hashlib.blake2b(repr(what).encode(), digest_size=8).hexdigest()
 
 
 def write_metrics(cfg: Config, line: dict):

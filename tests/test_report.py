@@ -39,7 +39,7 @@ from judge import (
     write_pages,
 )
 from model import BadInput, read_json, save
-from sample import fingerprint
+from sample import digest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -660,7 +660,7 @@ def test_an_exam_that_is_another_now_is_not_reported(made, tmp_path):
     shutil.copytree(made[0], run)
     config = read_json(run / "config.json")
     exam = Path(config["data"]) / "eft_eval.jsonl"
-    put(run / "config.json", config | {"files": {exam.name: fingerprint(exam)}})
+    put(run / "config.json", config | {"files": {exam.name: digest(exam.read_bytes())}})
     assert report(run)["agreement"] == report(made[0])["agreement"]
     write_pages(run, report(run))
     assert "files" not in (run / "report.md").read_text().split("## Knobs of the run")[1]  # a fingerprint is no knob

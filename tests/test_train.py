@@ -1013,6 +1013,11 @@ def test_a_judge_that_agrees_with_nobody_ends_the_run_and_eft_rows_of_ones_own_h
     refused(again, *words)
     assert "SFT writes EFT judgements" not in again.out  # they are there
     same(products(tmp_path / "run"), before)
+    ranked = read_rows(data / "eft_ranked.jsonl")
+    for other in (ranked[1:], [ranked[0] | {"prompt": "Another?"}, *ranked[1:]]):
+        write_rows(data / "eft_ranked.jsonl", other)
+        refused(start(flags, tmp_path / "log"), "eft_ranked.jsonl is not what it was when the run in", "old file back")
+    shutil.copy(ranked_world / "eft_ranked.jsonl", data)
     shutil.copy(world.data / "eft.jsonl", data)
     result = start(flags, tmp_path / "log3")
     assert result.code == 0, result.err
