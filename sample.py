@@ -1,19 +1,16 @@
-"""sample.py: prompts -> text. The sampler, new prompts (`propose`) and candidate responses (`respond`).
+"""sample.py: prompts -> text. The engine, new prompts (`propose`), responses (`respond`).
 
 Paper section 2.2: new prompts are written few-shot and filtered as in Self-Instruct, then N = 4
 responses to each are drawn with temperature 0.7 and top-p 0.9.
 
     python sample.py runs/zoo/M3                      chat in the terminal
     python sample.py runs/zoo/M3 "What is an owl?"    answer once
-    python sample.py runs/zoo/M3 --prompts FILE --out alpaca_eval.json
 
-What is common to prompts is computed once, and in each step its keys are read once: the ids that all prompts begin with
-(a judge's template) for all rows, a long prompt for its n samples. Every sample draws from random numbers of its own,
-keyed by what it is (seed, stage, prompt id, sample index), so batch order and number of processes change nothing.
+Read `generate` and `respond` first; the engine between the first two rules can wait. Every sample
+draws from random numbers of its own, keyed by what it is (seed, stage, prompt id, sample index),
+so batch order and number of processes change nothing but the last bits of logits.
 
-A finished sample's place goes to the next in the queue at once, so no step is spent on texts that have ended.
-
-Left out: beam search, repetition penalties; on a GPU paged caches and CUDA graphs, which nobody could try here yet.
+Left out: beam search, repetition penalties, paged caches; files of prompts (scripts/answer.py).
 """
 
 import argparse
@@ -22,467 +19,595 @@ import json
 import os
 import random
 import re
-import string
 import sys
-import time
+import unicodedata
 import warnings
-from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from functools import partial
-from itertools import chain, groupby, product
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
-from model import BadInput, KVCache, Llama, Tokenizer, load, read_json, read_text, write_text
+from model import Llama, Tokenizer, UserError, load, read_json, read_text
 
-# ---- one token ---------------------------------------------------------------------------------------------
+# ---- one token -------------------------------------------------------------------------------
+
+TOP_K = 256  # most likely tokens among which top-p is looked for before all are sorted
 
 
-def digest(*what) -> str:
-    """A short name for what was asked or read, by which a later start knows it again."""
-    return hashlib.blake2b(repr(what).encode(), digest_size=8).hexdigest()
+def fingerprint(*values) -> str:
+    """A short name for some values, by which a later start knows them again."""
+    return hashlib.blake2b(repr(values).encode(), digest_size=8).hexdigest()
 
 
 def uniforms(key: tuple, count: int) -> torch.Tensor:
     """`count` random numbers in [0, 1) that depend on nothing but the key."""
-    return torch.rand(count, generator=torch.Generator().manual_seed(int(digest(*key), 16) >> 1))
+    seed = int(fingerprint(*key), 16) >> 1
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed))
 
 
-TRIES = 4  # random numbers that a token may take
+def sample_token(logits, u, temperature: float, top_p: float):
+    """One token a row: logits (B, V), u (B,) in [0, 1) -> ids (B,), -1 where not finite.
+
+    Temperature 0 is greedy. Top-p keeps the most likely tokens up to and including the one that
+    crosses p, as Llama's released sampler does, and those as likely as that one.
+    """
+    if temperature == 0:
+        best, ids = logits.max(-1)
+        return ids.masked_fill(~best.isfinite(), -1)
+    probs = (logits / temperature).softmax(-1)
+    finite = probs[:, 0].isfinite()  # softmax spreads one bad logit over its whole row
+    if top_p < 1:
+        probs = top_p_filter(probs, top_p)
+    return sample_from_cdf(probs, u).masked_fill(~finite, -1)
 
 
-def running_sum(weights):
-    """Along the vocabulary; on a GPU, which adds in any order, in double precision: all of a tp group draw alike."""
+def top_p_filter(probs, top_p: float):
+    """probs (B, V) with 0 for all tokens that top-p leaves out."""
+    top = probs
+    if not probs.is_cuda:  # sorting is slow there, and looking at a number costs nothing
+        top = probs.topk(min(TOP_K, probs.shape[-1])).values
+    if top is probs or (top.sum(-1) < top_p).any():
+        top = probs.sort(dim=-1, descending=True).values
+    before = cumulative_sum(top) - top  # what is more likely than each token
+    count = (before < top_p).sum(-1, keepdim=True).clamp(min=1)
+    threshold = top.gather(-1, count - 1)  # (B, 1)
+    return probs.masked_fill(probs < threshold, 0)
+
+
+def sample_from_cdf(weights, u):
+    """One token a row, as likely as its weight: weights (B, V), u (B,) in [0, 1) -> (B,)."""
+    cdf = cumulative_sum(weights)
+    total = cdf[:, -1:].contiguous()
+    ids = torch.searchsorted(cdf, u[:, None] * total, right=True)
+    last = torch.searchsorted(cdf, total)  # rounding may not pass the last weight that is not 0
+    return torch.minimum(ids, last).clamp(max=weights.shape[-1] - 1).squeeze(-1)  # nor may NaN
+
+
+def cumulative_sum(weights):
+    """Along the vocabulary; a GPU adds in any order, so there in double precision: all ranks of
+    a tp group must draw alike."""
     return weights.cumsum(-1, dtype=torch.float64 if weights.is_cuda else None)
 
 
-def draw(weights, u):
-    """One place a row, as likely as its weight: weights (B, V) and u (B,) in [0, 1) -> (B,)."""
-    cumulative = running_sum(weights)
-    total = cumulative[:, -1:].contiguous()
-    place = torch.searchsorted(cumulative, u[:, None] * total, right=True)
-    place = torch.minimum(place, torch.searchsorted(cumulative, total))  # rounding may not pass the last one
-    return place.clamp(max=weights.shape[-1] - 1).squeeze(-1)  # nor may NaN
+# ---- the engine: many texts side by side -----------------------------------------------------
+#
+# The n samples of a prompt own n consecutive slots, a group. Keys and values have three levels:
+# what all prompts begin with (a judge's template), held once; the rest of each group's prompt,
+# held once for its n samples; each slot's own tokens. Attention to each level also gives the
+# logarithm of the sum of exp(scores), by which the levels are merged (cascade attention).
+# B slots = G groups * n, R rows of a level, of which each serves B / R consecutive slots.
+
+PREFILL_TOKENS = 2048  # prompt tokens read at once: on a CPU more do not stay in its caches
+PREFILL_TOKENS_GPU = 8192
+MIN_COMMON_PREFIX = 16  # a beginning of as many tokens that all prompts share is held once
+WIDTH_STEP = 32  # keys are read up to a multiple of this
+STEPS_PER_SYNC = (
+    8  # decode steps between two looks at the tokens on a GPU, which must be waited for
+)
 
 
-def nucleus(probs, top_p: float):
-    """probs (B, V) with 0 for all but the most likely tokens, up to and including the one that crosses p."""
-    top = probs.sort(dim=-1, descending=True).values
-    kept = (running_sum(top) - top < top_p).sum(-1, keepdim=True).clamp(min=1)
-    return probs.masked_fill(probs < top.gather(-1, kept - 1), 0)
+class Prefill:
+    """What tokens see while prompts are read: texts (B, T), padded on the right, each behind the
+    same prefix. Keeps their keys and values."""
+
+    def __init__(self, length: int, prefix: "KeyValues | None", device):
+        self.prefix = prefix
+        self.start = prefix.capacity if prefix else 0
+        self.positions = torch.arange(self.start, self.start + length, device=device)[None]
+        self.k, self.v = [], []  # of each layer, (B, K, T, hd)
+        self.mask = None
+        if prefix:
+            seen = torch.ones(length, self.start + length, dtype=torch.bool, device=device)
+            self.mask = seen.tril(self.start)
+
+    def attend(self, layer: int, q, k, v):  # (B, H, T, hd), (B, K, T, hd) -> (B, H, T, hd)
+        self.k.append(k)
+        self.v.append(v)
+        if self.prefix:
+            k = torch.cat((self.prefix.k[layer].expand(len(k), -1, -1, -1), k), dim=2)
+            v = torch.cat((self.prefix.v[layer].expand(len(v), -1, -1, -1), v), dim=2)
+        if self.mask is not None and q.is_cuda:  # no fused kernel takes a mask and grouped queries
+            group = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        return F.scaled_dot_product_attention(
+            q, k, v, self.mask, is_causal=self.mask is None, enable_gqa=q.shape[1] != k.shape[1]
+        )
 
 
-def pick(logits, u, temperature: float, top_p: float):
-    """One token a row: logits (B, V) and u (B, TRIES) in [0, 1) -> ids (B,), -1 where logits are not finite.
-
-    Top-p keeps the most likely tokens up to and including the one that crosses p, as Llama's released sampler does,
-    and those as likely as that one. To find them is to sort the vocabulary, so a row draws from all tokens first: if
-    those more likely than its token hold p already, it was not in the nucleus and the row draws again. Only rows that
-    fail in all tries but the last are sorted. Temperature 0 is greedy.
-    """
-    if temperature == 0:
-        most, ids = logits.max(-1)
-        return ids.masked_fill(~most.isfinite(), -1)
-    probs = (logits / temperature).softmax(-1)
-    finite = probs[:, 0].isfinite()  # softmax spreads one bad logit over its whole row
-    if top_p == 1 or probs.is_cuda:  # where sorting is cheap, and asking who must be sorted is not
-        ids = draw(probs if top_p == 1 else nucleus(probs, top_p), u[:, 0])
-    else:
-        ids, rest = torch.empty(len(u), dtype=torch.long), torch.arange(len(u))
-        for i in range(TRIES):
-            probs = probs if i + 1 < TRIES else nucleus(probs, top_p)
-            ids[rest] = draw(probs, u[rest, i])
-            above = torch.where(probs > probs.gather(-1, ids[rest, None]), probs, 0).sum(-1)
-            rest, probs = rest[above >= top_p], probs[above >= top_p]
-            if not len(rest):
-                break
-    return ids.masked_fill(~finite, -1)
+def prefill(model: Llama, texts: list[list[int]], prefix: "KeyValues | None" = None):
+    """Read texts behind a prefix: their keys and values, and the logits (B, V) that follow."""
+    device = model.embed_tokens.weight.device
+    tokens = pad_sequence([torch.tensor(ids) for ids in texts], batch_first=True).to(device)
+    last = torch.tensor([len(ids) - 1 for ids in texts], device=device)
+    rows = torch.arange(len(texts), device=device)
+    context = Prefill(tokens.shape[1], prefix, device)
+    logits = model(tokens, context, lambda hidden, lm_head: lm_head(hidden[rows, last]).float())
+    return context, logits
 
 
-# ---- many texts --------------------------------------------------------------------------------------------
+class KeyValues:
+    """One level of the cache: keys and values of R rows in all layers, row r in columns 0 to
+    lengths[r]."""
 
-PIECE = 1024  # most prompt tokens that are put through the model at once: on a CPU more do not stay in its caches
-SHARED = 16  # a beginning of as many tokens that all prompts have in common is computed and kept once
-LONG = 32  # if the longest prompt has as many tokens of its own, each is kept once for its samples; else it is copied
-GROW = 32  # columns that are added to a full cache
-LOOK = 8  # steps between two looks at the tokens on a GPU, where a look waits for the device
+    def __init__(self, like: Prefill, rows: int, capacity: int):
+        self.k = [t.new_zeros(rows, t.shape[1], capacity, t.shape[3]) for t in like.k]
+        self.v = [t.new_zeros(rows, t.shape[1], capacity, t.shape[3]) for t in like.v]
+        # an idle row holds one token of zeros, since a softmax over nothing is not a number
+        self.lengths = torch.ones(rows, dtype=torch.long, device=self.k[0].device)  # (R,)
+        self.capacity = capacity
+        self.width = capacity  # columns that are read
+
+    def fill(self, rows: list[int], context: Prefill, lengths: list[int]):
+        """Put what was read of some prompts into these rows."""
+        to = torch.tensor(rows, device=self.lengths.device)
+        for old, new in zip(self.k + self.v, context.k + context.v, strict=True):
+            old[to, :, : new.shape[2]] = new
+        self.lengths[to] = torch.tensor(lengths, device=self.lengths.device)
+
+    def select(self, rows):
+        """Keep these rows only."""
+        self.k = [t[rows] for t in self.k]
+        self.v = [t[rows] for t in self.v]
+        self.lengths = self.lengths[rows]
+
+    def read_up_to(self, length: int):
+        """The longest row that matters has this many tokens."""
+        self.width = min(self.capacity, -(-length // WIDTH_STEP) * WIDTH_STEP)
+
+    def mask(self):
+        """What is added to scores, (R * K, 1, width): -inf behind the end of a row."""
+        columns = torch.arange(self.width, device=self.lengths.device)
+        bias = torch.zeros(len(self.lengths), self.width, device=self.lengths.device)
+        bias = bias.masked_fill(columns >= self.lengths[:, None], float("-inf"))
+        bias = bias.to(self.k[0].dtype)
+        return bias.repeat_interleave(self.k[0].shape[1], 0)[:, None]
+
+    def attend(self, layer: int, q, mask):
+        """Attention of one query a slot: q (B, K, g, hd) -> (B, K, g, hd) and (B, K, g, 1)."""
+        R = len(self.lengths)
+        B, K, g, hd = q.shape
+        queries = q.view(R, B // R, K, g, hd).transpose(1, 2).reshape(R * K, -1, hd)
+        keys = self.k[layer][:, :, : self.width].flatten(0, 1)  # (R * K, width, hd)
+        values = self.v[layer][:, :, : self.width].flatten(0, 1)
+        out, lse = attention_with_lse(queries, keys, values, mask)
+        out = out.view(R, K, B // R, g, hd).transpose(1, 2).reshape(B, K, g, hd)
+        return out, lse.view(R, K, B // R, g, 1).transpose(1, 2).reshape(B, K, g, 1)
+
+
+def attention_with_lse(q, k, v, mask):
+    """q (N, T, hd), k and v (N, S, hd), mask (N, 1, S) -> (N, T, hd) and, in fp32, the logarithm
+    of the sum of exp(scores), (N, T, 1)."""
+    scores = torch.baddbmm(mask, q, k.mT, alpha=q.shape[-1] ** -0.5).float()  # (N, T, S)
+    weights = scores.softmax(-1)
+    lse = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
+    return weights.to(v.dtype) @ v, lse
+
+
+def merge_states(outputs: list, lses: list):
+    """Attention to several sets of keys -> attention to all of them."""
+    if len(outputs) == 1:
+        return outputs[0]
+    weights = torch.stack(lses).softmax(0)  # (levels, B, K, g, 1)
+    return (torch.stack(outputs) * weights).sum(0).to(outputs[0].dtype)
+
+
+class KVCache:
+    """What a decode step sees: the levels, the slots' own tokens first, to which it adds one."""
+
+    def __init__(self, levels: list[KeyValues]):
+        self.own, *self.shared = levels
+        self.before = torch.zeros_like(self.own.lengths)  # (B,) tokens in the shared levels
+        self.slots = torch.arange(len(self.before), device=self.before.device)
+
+    def prepare_step(self):
+        """One token a slot is about to come; ended slots stay in their last column."""
+        self.columns = self.own.lengths.clamp(max=self.own.capacity - 1)  # (B,)
+        self.own.lengths = self.columns + 1
+        self.positions = (self.before + self.columns)[:, None]  # (B, 1)
+        self.masks = [level.mask() for level in (self.own, *self.shared)]
+
+    def attend(self, layer: int, q, k, v):  # (B, H, 1, hd), (B, K, 1, hd) -> (B, H, 1, hd)
+        self.own.k[layer][self.slots, :, self.columns] = k[:, :, 0]
+        self.own.v[layer][self.slots, :, self.columns] = v[:, :, 0]
+        B, K = k.shape[:2]
+        queries = q.view(B, K, -1, q.shape[-1])  # (B, K, g, hd): heads that share keys
+        outputs, lses = [], []
+        for level, mask in zip((self.own, *self.shared), self.masks, strict=True):
+            out, lse = level.attend(layer, queries, mask)
+            outputs.append(out)
+            lses.append(lse)
+        return merge_states(outputs, lses).view(q.shape)
+
+
+def decode(model: Llama, tokens, cache: KVCache):
+    """The slots' newest tokens (B,) -> logits (B, V) of what follows them."""
+    cache.prepare_step()
+    return model(tokens[:, None], cache, lambda hidden, lm_head: lm_head(hidden[:, -1]).float())
+
+
+def common_prefix(prompts: list[list[int]]) -> list[int]:
+    """The ids that all prompts begin with; each prompt keeps a token of its own for its logits."""
+    ids = os.path.commonprefix(prompts)  # works on lists of ids as it does on strings
+    return ids[: min(map(len, prompts)) - 1]
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process could have on a device; of a CPU's an equal part of what is there for all."""
+    """Bytes that this process could have on a device; of a CPU's an equal part of what is free."""
     if device.type == "cuda":  # what torch has cached is free as well
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info(device)[0] + cached
     if os.path.exists("/proc/meminfo"):  # and so are the system's copies of files
         with open("/proc/meminfo") as f:
             free = int(re.search(r"MemAvailable:\s*(\d+)", f.read())[1]) * 1024
     else:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's number of processes here
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's number of processes
 
 
-def multiply(linears: list[torch.nn.Linear], rows: int) -> Callable:
-    """A function x -> what each of the layers makes of x, by one product with a copy of their weights.
+@dataclass
+class Sequence:
+    """A sample in a slot."""
 
-    A CPU reads the copy from end to end: for one row it is the transpose, for more what oneDNN makes of it. PyTorch
-    reaches that by operators that torch.compile puts into its code; else every product lays out its weights anew.
-    """
-    weight, sizes = torch.cat([linear.weight for linear in linears]), [linear.out_features for linear in linears]
-    if rows == 1 and weight.dtype == torch.float32:
-        product = partial(torch.matmul, other=weight.T.contiguous())
-    else:
-        blocks = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        product = partial(torch.ops.mkldnn._linear_pointwise, W=blocks, B=None, attr="none", scalars=[], algorithm="")
-    return product if len(linears) == 1 else lambda x: product(x).split(sizes, dim=-1)
+    number: int  # i * n + k: sample k of prompt i
+    num_generated: int = 0
+    ended: bool = False
 
 
-class Decoder:
-    """A model that writes `rows` texts side by side. On a CPU it multiplies by copies of its weights, if they fit.
+class Scheduler:
+    """Which sequences are in the slots: `generate_stream` with its state.
 
-    The model itself stays as it is: the copies take the place of its layers during a call only.
+    Prompts wait in a queue, the longest first. A group takes the next prompt when its last
+    sequence has ended; when the queue is empty, groups that have ended are dropped.
     """
 
-    def __init__(self, model: Llama, rows: int):
-        self.model, self.device, self.products = model, model.embed_tokens.weight.device, []
-        usable = self.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        usable &= "forward" not in vars(model.lm_head)  # tensor parallel layers have their own
-        half = model.lm_head.weight.dtype != torch.float32
-        usable = usable and (not half or torch.ops.mkldnn._is_mkldnn_bf16_supported())  # by the processor
-        if not usable or sum(p.nbytes for p in model.parameters()) > free_memory(self.device) / 2:
-            return
-        places = [(model.lm_head, "forward", [model.lm_head])]
-        for attention, mlp in ((block.self_attn, block.mlp) for block in model.layers):
-            places.append((attention, "project", [attention.q_proj, attention.k_proj, attention.v_proj]))
-            places.append((attention.o_proj, "forward", [attention.o_proj]))
-            places.append((mlp, "widen", [mlp.gate_proj, mlp.up_proj]))
-            places.append((mlp.down_proj, "forward", [mlp.down_proj]))
-        self.products = [(vars(module), name, multiply(linears, rows)) for module, name, linears in places]
+    def __init__(self, model: Llama, prompts, keys, n: int, max_new: int, batch: int, agree):
+        self.model, self.prompts, self.keys = model, prompts, keys
+        self.n, self.max_new = n, max_new
+        self.waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the next last
+        prefix_ids = common_prefix(prompts)
+        if len(prefix_ids) < MIN_COMMON_PREFIX or len(prompts) * n == 1:
+            prefix_ids = []
+        self.skip = len(prefix_ids)
+        first, logits = prefill(model, [prefix_ids or prompts[0][:1]])
+        longest = len(prompts[self.waiting[-1]]) - self.skip
+        # a lone sample's prompt lies in front of its own tokens: one level less to merge
+        prompt_capacity = longest if n > 1 else 0
+        own_capacity = max_new if n > 1 else longest + max_new
+        groups = min(max(1, batch // n), len(prompts))
+        groups = agree(affordable(groups, n * own_capacity + prompt_capacity, first))
 
-    def __call__(self, tokens, cache: KVCache):
-        """tokens (B, T), the next ones of the cache's rows -> logits (B, V) of what follows them."""
-        for place, name, function in self.products:
-            place[name] = function
-        try:
-            return self.model(tokens, cache, readout=lambda h, head: head(h[:, -1]).float())
-        finally:
-            for place, name, _ in self.products:
-                del place[name]
+        levels = [KeyValues(first, groups * n, own_capacity)]
+        if n > 1:
+            levels.append(KeyValues(first, groups, prompt_capacity))
+        self.prompt_level = levels[-1]
+        self.prefix = None
+        if prefix_ids:
+            self.prefix = KeyValues(first, 1, self.skip)
+            self.prefix.fill([0], first, [self.skip])
+            levels.append(self.prefix)
+        self.cache = KVCache(levels)
+        self.slots = [Sequence(-1, ended=True) for _ in range(groups * n)]
+        self.logits = logits.new_zeros(groups * n, logits.shape[-1])  # of the next tokens
+        self.u = logits.new_zeros(groups * n, max_new)  # random numbers of all tokens
 
+    def live_slots(self) -> list[int]:
+        return [slot for slot, sequence in enumerate(self.slots) if not sequence.ended]
 
-def read(decoder: Decoder, texts: list[list[int]], head: KVCache | None = None):
-    """Put texts through the model, behind what they have in common: the cache they leave, and logits (B, V)."""
-    width, device = max(map(len, texts)), decoder.device
-    tokens = pad_sequence([torch.tensor(ids) for ids in texts], batch_first=True, padding_side="left")  # (B, width)
-    cache = decoder.model.new_cache(len(texts), width, head)
-    cache.start += torch.tensor([width - len(ids) for ids in texts], device=device)
-    step = max(1, PIECE // len(texts))
-    for at in range(0, width, step):
-        logits = decoder(tokens[:, at : at + step].to(device), cache)
-    return cache, logits
+    def slots_of(self, groups: list[int]) -> list[int]:
+        return [group * self.n + k for group in groups for k in range(self.n)]
 
+    def schedule(self) -> bool:
+        """Free groups take waiting prompts, once it is worth the trouble; is anything running?"""
+        num_groups = len(self.slots) // self.n
+        busy = {slot // self.n for slot in self.live_slots()}
+        free = [group for group in range(num_groups) if group not in busy]
+        if self.waiting and 8 * len(free) >= num_groups:
+            self.admit(free)
+        elif not self.waiting and 4 * len(free) >= num_groups:
+            self.condense(sorted(busy))
+        return bool(self.live_slots())
 
-class Arrival(NamedTuple):
-    """A sample whose prompt has been read."""
+    def admit(self, free: list[int]):
+        """Read waiting prompts into free groups, about PREFILL_TOKENS at a time."""
+        most_tokens = PREFILL_TOKENS_GPU if self.logits.is_cuda else PREFILL_TOKENS
+        while free and self.waiting:
+            longest = len(self.prompts[self.waiting[-1]]) - self.skip
+            count = min(len(free), len(self.waiting), max(1, most_tokens // longest))
+            self.read_prompts(free[:count])
+            free = free[count:]
 
-    row: int  # i * n + k: sample k of prompt i
-    cache: KVCache
-    index: int  # its row there
-    logits: torch.Tensor  # (V,), of its first token
-    u: torch.Tensor  # (max_new, TRIES), the random numbers of all its tokens
+    def read_prompts(self, groups: list[int]):
+        """The next waiting prompts move into these groups."""
+        numbers = [self.waiting.pop() for _ in groups]
+        texts = [self.prompts[i][self.skip :] for i in numbers]
+        lengths = [len(ids) for ids in texts]
+        context, logits = prefill(self.model, texts, self.prefix)
+        self.prompt_level.fill(groups, context, lengths)
+        slots = torch.tensor(self.slots_of(groups), device=self.logits.device)
+        self.logits[slots] = logits.repeat_interleave(self.n, 0)
+        self.cache.before[slots] = self.skip
+        if self.n > 1:
+            prompt_lengths = torch.tensor(lengths, device=slots.device)
+            self.cache.before[slots] += prompt_lengths.repeat_interleave(self.n)
+            self.cache.own.lengths[slots] = 0
+        for group, i in zip(groups, numbers, strict=True):
+            for k in range(self.n):
+                self.slots[group * self.n + k] = Sequence(i * self.n + k)
+        u = [uniforms((*self.keys[i], k), self.max_new) for i in numbers for k in range(self.n)]
+        self.u[slots] = torch.stack(u).to(self.u.device)
 
+    def condense(self, groups: list[int]):
+        """Go on with these groups only."""
+        slots = self.slots_of(groups)
+        rows = torch.tensor(slots, dtype=torch.long, device=self.logits.device)
+        self.cache.own.select(rows)
+        if self.n > 1:
+            self.prompt_level.select(rows[:: self.n] // self.n)
+        self.cache.before = self.cache.before[rows]
+        self.cache.slots = torch.arange(len(slots), device=rows.device)
+        self.logits, self.u = self.logits[rows], self.u[rows]
+        self.slots = [self.slots[slot] for slot in slots]
 
-def arrivals(decoder: Decoder, prompts, keys, n: int, max_new: int) -> Iterator[Arrival]:
-    """All samples. Prompts are read when their turn comes, longest first: whoever comes later needs fewer columns."""
-    common = os.path.commonprefix(prompts)  # works on lists of ids as it does on strings
-    common = common[: min(map(len, prompts), default=0) - 1]  # each prompt keeps a token of its own to read logits from
-    head = read(decoder, [common])[0] if len(common) >= SHARED and len(prompts) * n > 1 else None
-    skip, at, order = len(common) if head else 0, 0, sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    while at < len(order):
-        group = order[at : at + max(1, PIECE // (len(prompts[order[at]]) - skip))]
-        cache, logits = read(decoder, [prompts[i][skip:] for i in group], head)
-        for b, i in enumerate(group):
-            for k in range(n):
-                yield Arrival(i * n + k, cache, b, logits[b], uniforms((*keys[i], k), TRIES * max_new).view(-1, TRIES))
-        at += len(group)
+    def decode(self):
+        """New logits, behind the tokens that were drawn last."""
+        self.logits = decode(self.model, self.tokens.clamp(min=0), self.cache)
 
-
-class Slots:
-    """Samples in the making, side by side: slot s is row s of the cache, of the logits and of the random numbers.
-
-    Where prompts are long, those of the samples lie in a cache of their own, each of them once: `prompts`.
-    """
-
-    def __init__(self, decoder: Decoder, queue: Iterator[Arrival], n: int, max_new: int):
-        self.decoder, self.queue, self.n, self.max_new = decoder, queue, n, max_new
-        self.waiting = next(queue)  # the next sample to have a slot
-        self.width, self.shared = self.waiting.cache.end, n > 1 and self.waiting.cache.end >= LONG
-        self.prompts: KVCache | None = None
-        self.places: dict[int, int] = {}  # prompt -> its row there
-
-    def columns(self, count: int) -> int:
-        """How many columns all caches of `count` slots have at most."""
-        own = count * (self.max_new + GROW)
-        return own + self.width * (self.places_for(count) if self.shared else count)
-
-    def places_for(self, count: int) -> int:
-        return -(-2 * count // self.n)  # twice what is needed at once: the last sample of a prompt may go on for long
-
-    def affordable(self, count: int) -> int:
-        """As many of `count` slots as half of the free memory holds; at least one."""
-        read = self.waiting.cache
-        column = sum(t.nbytes for t in (*read.k, *read.v)) / (len(read.start) * read.columns)
-        room = free_memory(self.decoder.device) / 2 / column  # so many columns
-        fit = max(1, bisect(range(1, count + 1), room, key=self.columns))
-        if fit < count:
-            warnings.warn(f"memory holds keys and values of {fit} samples side by side, not {count}", stacklevel=3)
-        return fit
-
-    def open(self, count: int):
-        device, new_cache = self.decoder.device, self.decoder.model.new_cache
-        self.rows, self.said = [None] * count, [0] * count  # whose slot it is (None: free), how many tokens it has
-        self.logits = torch.zeros(count, self.decoder.model.cfg.vocab_size, device=device)  # of the next token
-        self.u = torch.zeros(count, self.max_new, TRIES, device=device)
-        if self.shared:
-            self.prompts = new_cache(self.places_for(count), self.width, self.waiting.cache.parent)
-            self.prompts.end = self.width
-
-    def taken(self) -> list[int]:
-        return [s for s, row in enumerate(self.rows) if row is not None]
-
-    def fill(self) -> bool:
-        """Free slots take samples from the queue, or are dropped when it is empty, once they are worth the trouble."""
-        free = [s for s, row in enumerate(self.rows) if row is None]
-        if 16 * len(free) > len(self.rows):
-            if len(free) == len(self.rows) and self.waiting:  # nobody's columns are in use
-                width = 0 if self.shared else self.waiting.cache.end
-                parent = self.prompts if self.shared else self.waiting.cache.parent
-                self.cache = self.decoder.model.new_cache(len(free), width + GROW, parent)
-                self.cache.end = width
-            if new := self.take(len(free)):
-                self.admit(free[: len(new)], new)
-            left = self.taken()
-            if left and not self.waiting and 8 * (len(self.rows) - len(left)) > len(self.rows):
-                self.keep(left)
-        return bool(self.taken())
-
-    def take(self, count: int) -> list[Arrival]:
-        """At most `count` samples from the queue, if there is a place for their prompts."""
-        new, places = [], count
-        if self.shared:  # a place is free again when neither a slot nor the queue has a sample of its prompt
-            live = {row // self.n for row in (*self.rows, self.waiting and self.waiting.row) if row is not None}
-            self.places = {prompt: place for prompt, place in self.places.items() if prompt in live}
-            places = len(self.prompts.start) - len(self.places)
-        while self.waiting and len(new) < count and (places or self.waiting.row % self.n):
-            places -= self.waiting.row % self.n == 0
-            new.append(self.waiting)
-            self.waiting = next(self.queue, None)
-        return new
-
-    def admit(self, slots: list[int], new: list[Arrival]):
-        to, firsts = torch.tensor(slots, device=self.u.device), [a for a in new if a.row % self.n == 0]
-        if self.shared:
-            places = [r for r in range(len(self.prompts.start)) if r not in self.places.values()][: len(firsts)]
-            self.places |= {a.row // self.n: r for a, r in zip(firsts, places, strict=True)}
-            self.copy(self.prompts, places, firsts)
-            self.cache.adopt(to, torch.tensor([self.places[a.row // self.n] for a in new], device=to.device))
-        else:
-            self.copy(self.cache, slots, new)
-        self.logits[to] = torch.stack([a.logits for a in new])
-        self.u[to] = torch.stack([a.u for a in new]).to(to.device)
-        for s, a in zip(slots, new, strict=True):
-            self.rows[s], self.said[s] = a.row, 0
-
-    def copy(self, cache: KVCache, rows: list[int], new: list[Arrival]):
-        """What was read of their prompts becomes these rows of the cache."""
-        for source, group in groupby(zip(rows, new, strict=True), key=lambda both: both[1].cache):
-            to, index = zip(*((row, a.index) for row, a in group), strict=True)
-            cache.replace(*(torch.tensor(t, device=self.u.device) for t in (to, index)), source)
-
-    def keep(self, slots: list[int]):
-        """Go on with these slots only, when none is waiting."""
-        index = torch.tensor(slots, device=self.u.device)
-        self.rows, self.said = [self.rows[s] for s in slots], [self.said[s] for s in slots]
-        self.logits, self.u = self.logits[index], self.u[index]
-        width = self.cache.end - int(self.cache.start[index].min())
-        self.cache.resize(index, width, width + GROW)
-        if self.shared:
-            used, self.cache.of = self.cache.of.unique(return_inverse=True)
-            width = self.prompts.end - int(self.prompts.start[used].min())
-            self.prompts.resize(used, width, width)
-
-    def step(self):
-        """One token more behind what was drawn last: new logits."""
-        if self.cache.end == self.cache.columns:
-            width = self.cache.end - int(self.cache.start[self.taken()].min())  # of those in use
-            self.cache.resize(slice(None), width, width + GROW)
-        self.logits = self.decoder(self.drawn.clamp(min=0)[:, None], self.cache)
-
-    def draw(self, temperature: float, top_p: float) -> list[list[int]]:
+    def sample_steps(self, temperature: float, top_p: float) -> list[list[int]]:
         """The next tokens of all slots: those of one step, or on a GPU of several."""
-        steps = min(LOOK, self.max_new - max(self.said[s] for s in self.taken())) if self.u.is_cuda else 1
-        said, tokens = torch.tensor(self.said, device=self.u.device), []
-        for i in range(steps):
-            if i:
-                self.step()
-            u = self.u[torch.arange(len(self.u), device=self.u.device), (said + i).clamp(max=self.max_new - 1)]
-            self.drawn = pick(self.logits, u, temperature, top_p)
-            tokens.append(self.drawn)
+        most = max(self.slots[slot].num_generated for slot in self.live_slots())
+        steps = min(STEPS_PER_SYNC if self.logits.is_cuda else 1, self.max_new - most)
+        self.set_widths(most + steps)
+        counts = [sequence.num_generated for sequence in self.slots]
+        columns = torch.tensor(counts, device=self.u.device)[:, None]  # (B, 1)
+        tokens = []
+        for step in range(steps):
+            if step:
+                self.decode()
+            u = self.u.gather(1, (columns + step).clamp(max=self.max_new - 1)).squeeze(1)
+            self.tokens = sample_token(self.logits, u, temperature, top_p)
+            tokens.append(self.tokens)
         return torch.stack(tokens).tolist()
 
+    def set_widths(self, num_tokens: int):
+        """Keys are read as far as the longest running prompt and own text reach."""
+        running = {self.slots[slot].number // self.n for slot in self.live_slots()}
+        longest = max(len(self.prompts[i]) for i in running) - self.skip
+        self.cache.own.read_up_to(num_tokens if self.n > 1 else longest + num_tokens)
+        if self.n > 1:
+            self.prompt_level.read_up_to(longest)
 
-@torch.no_grad()  # also while the consumer of this generator is at work: it is restored at every yield
-def stream(
+    def run(self, stop: list[int], temperature: float, top_p: float):
+        """(sample numbers, their next tokens), a step each."""
+        while self.schedule():
+            for tokens in self.sample_steps(temperature, top_p):
+                live = self.live_slots()
+                sequences = [self.slots[slot] for slot in live]
+                new_tokens = [tokens[slot] for slot in live]
+                if -1 in new_tokens:
+                    prompt = sequences[new_tokens.index(-1)].number // self.n
+                    raise UserError(
+                        f"the model's logits are not finite after prompt {prompt}; "
+                        "its weights are damaged"
+                    )
+                yield [sequence.number for sequence in sequences], new_tokens
+                for sequence, token in zip(sequences, new_tokens, strict=True):
+                    sequence.num_generated += 1
+                    sequence.ended = token in stop or sequence.num_generated == self.max_new
+            if self.live_slots():
+                self.decode()
+
+
+def affordable(groups: int, group_capacity: int, first: Prefill) -> int:
+    """As many groups of so many tokens as half of the free memory holds; at least one."""
+    token_bytes = sum(t.nbytes for t in first.k + first.v) / first.k[0].shape[2]
+    fit = int(free_memory(first.k[0].device) / 2 / (token_bytes * group_capacity))
+    if fit < groups:
+        warnings.warn(f"memory holds keys of {max(1, fit)} prompts, not of {groups}", stacklevel=5)
+    return min(max(1, fit), groups)
+
+
+@torch.no_grad()  # also while the consumer of this generator is at work: restored at every yield
+def generate_stream(
     model: Llama,
     prompts: list[list[int]],
     keys: list[tuple],
     *,
-    max_new: int,
     stop: list[int],
+    max_new: int,
     n: int = 1,
     temperature: float = 0.7,
     top_p: float = 0.9,
     batch: int = 256,
     agree: Callable[[int], int] = int,
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Decode n samples of every prompt, `batch` side by side; yields (rows, their next tokens), a step each.
+    """Decode n samples of every prompt, about `batch` side by side; yields (sample numbers, their
+    next tokens), a step each.
 
-    Row i * n + k is sample k of prompt i. A row ends with a token of `stop`, or after max_new tokens without one; its
-    slot then goes to the next in the queue. Where memory holds fewer than `batch`, agree(how many it holds) says how
-    many: processes that share a model must have equally many.
+    Number i * n + k is sample k of prompt i, whose random numbers depend on (*keys[i], k) alone.
+    A sample ends with a token of `stop`, or after max_new tokens without one. Where memory holds
+    fewer groups of n, agree(how many it holds) says how many: processes that share a model must
+    have equally many. Raises UserError for settings and prompts that cannot be sampled.
     """
-    if not 0 < top_p <= 1 or temperature < 0 or max_new < 1 or n < 1:
-        raise BadInput(
-            f"temperature {temperature}, top-p {top_p}, max_new {max_new}, n {n}: needs a temperature of 0 "
-            "(greedy) or more, 0 < top-p <= 1, and at least one token of one sample"
+    if not 0 < top_p <= 1 or temperature < 0 or min(max_new, n) < 1:
+        raise UserError(
+            f"temperature {temperature}, top-p {top_p}, max_new {max_new}, n {n}: needs a "
+            "temperature of 0 (greedy) or more, 0 < top-p <= 1, at least one token of one sample"
         )
     for i, ids in enumerate(prompts):
         if len(ids) + max_new > model.cfg.max_len:
-            raise BadInput(
-                f"prompt {i} has {len(ids)} tokens; with {max_new} new ones that is more than the context of "
-                f"{model.cfg.max_len}: shorten it or allow fewer new tokens"
+            raise UserError(
+                f"prompt {i} has {len(ids)} tokens; with {max_new} new ones that is more than the "
+                f"context of {model.cfg.max_len}: shorten it or allow fewer new tokens"
             )
-    if not prompts:
-        return
-    count = min(batch, len(prompts) * n)
-    decoder = Decoder(model, count)
-    slots = Slots(decoder, arrivals(decoder, prompts, keys, n, max_new), n, max_new)
-    slots.open(agree(slots.affordable(count)))
-    while slots.fill():
-        for tokens in slots.draw(temperature, top_p):
-            taken = slots.taken()
-            rows, drawn = [slots.rows[s] for s in taken], [tokens[s] for s in taken]
-            if drawn and min(drawn) < 0:
-                bad = rows[drawn.index(-1)] // n
-                raise BadInput(f"the model's logits are not finite after prompt {bad}; its weights are damaged")
-            yield rows, drawn
-            for s, token in zip(taken, drawn, strict=True):
-                slots.said[s] += 1
-                if token in stop or slots.said[s] == max_new:
-                    slots.rows[s] = None
-        if slots.taken():
-            slots.step()
+    if prompts:
+        scheduler = Scheduler(model, prompts, keys, n, max_new, batch, agree)
+        yield from scheduler.run(stop, temperature, top_p)
 
 
-def generate(model: Llama, prompts, keys, *, stop, max_new, n: int = 1, tick: Callable = lambda *_: None, **knobs):
-    """n samples of every prompt: a list of n id lists for each, prompt excluded, stop token included.
+def generate(
+    model: Llama,
+    prompts: list[list[int]],
+    keys: list[tuple],
+    *,
+    stop: list[int],
+    max_new: int,
+    n: int = 1,
+    callback: Callable[[int, int], None] = lambda tokens, ended: None,
+    **settings,
+) -> list[list[list[int]]]:
+    """n samples of every prompt: n id lists each, prompt excluded, stop token included.
 
-    `knobs` are those of `stream`; `tick(tokens, finished)` hears how many tokens came and how many samples ended.
+    `settings` are those of generate_stream; callback(tokens, ended) hears of every step how many
+    tokens came and how many samples ended.
     """
-    out = [[] for _ in range(len(prompts) * n)]
-    for rows, tokens in stream(model, prompts, keys, n=n, stop=stop, max_new=max_new, **knobs):
-        for row, token in zip(rows, tokens, strict=True):
-            out[row].append(token)
-        tick(len(rows), sum(t in stop or len(out[r]) == max_new for r, t in zip(rows, tokens, strict=True)))
-    return [out[i : i + n] for i in range(0, len(out), n)]
+    samples = [[] for _ in range(len(prompts) * n)]
+    steps = generate_stream(model, prompts, keys, stop=stop, max_new=max_new, n=n, **settings)
+    for numbers, tokens in steps:
+        num_ended = 0
+        for number, token in zip(numbers, tokens, strict=True):
+            samples[number].append(token)
+            num_ended += token in stop or len(samples[number]) == max_new
+        callback(len(numbers), num_ended)
+    return [samples[i : i + n] for i in range(0, len(samples), n)]
 
 
-# ---- N candidates for a prompt -----------------------------------------------------------------------------
+# ---- N candidates for a prompt ---------------------------------------------------------------
 
 
-def respond(model: Llama, tok: Tokenizer, rows: list[dict], *, key: tuple, n: int = 4, **knobs) -> list[dict]:
-    """Sample n responses to each {"id", "prompt"}; rows {"id", "k", "response", "tokens", "truncated"} (section 2.2).
-    A row with "turns", user, assistant and so on to user, is a chat to go on with.
+def respond(
+    model: Llama, tok: Tokenizer, rows: list[dict], *, key: tuple, n: int = 4, **settings
+) -> list[dict]:
+    """Sample n responses to each {"id", "prompt"} (paper section 2.2, step 2): rows {"id", "k",
+    "prompt", "response", "tokens", "truncated"}. A row with "turns" is a chat to go on with.
 
-    `tokens` are the sampled ids themselves. A response that met the length limit has no end-of-sequence token and
-    is marked as truncated; it is never given one, or training on it would teach to stop in mid-sentence.
+    `tokens` are the sampled ids themselves. A response that met the length limit has no
+    end-of-sequence token and is marked as truncated. DPO trains on it as it is: it is never given
+    an end, or training on it would teach to stop in mid-sentence.
     """
-    prompts = [tok.chat(*(r["turns"] if "turns" in r else [r["prompt"]])) for r in rows]
-    keys = [(*key, r["id"]) for r in rows]
-    samples = generate(model, prompts, keys, n=n, stop=[tok.eos], **knobs)
-    out = []
-    for row, drawn in zip(rows, samples, strict=True):
-        for k, ids in enumerate(drawn):
-            text = tok.decode(ids[:-1] if ids[-1] == tok.eos else ids).strip()
-            out.append({"id": row["id"], "k": k, "response": text, "tokens": ids, "truncated": ids[-1] != tok.eos})
-    return out
+    chats = [row.get("turns") or [row["prompt"]] for row in rows]
+    prompts = [tok.chat(*turns) for turns in chats]
+    keys = [(*key, row["id"]) for row in rows]
+    samples = generate(model, prompts, keys, n=n, stop=[tok.eos], **settings)
+    responses = []
+    for row, turns, id_lists in zip(rows, chats, samples, strict=True):
+        for k, ids in enumerate(id_lists):
+            truncated = ids[-1] != tok.eos
+            text = tok.decode(ids if truncated else ids[:-1]).strip()
+            response = {"id": row["id"], "k": k, "prompt": turns[-1], "response": text}
+            responses.append(response | {"tokens": ids, "truncated": truncated})
+    return responses
 
 
-# ---- new prompts, as in Self-Instruct ----------------------------------------------------------------------
+# ---- new prompts, as in Self-Instruct --------------------------------------------------------
 
-UNFIT = re.compile(r"\b((image|graph|picture|file|map)s?|draw|plot|go to)\b", re.IGNORECASE)  # a text model cannot
+NUM_GENERATED = 2  # examples of a request that were written before; the others are seeds (2 of 8)
+NEEDS_MORE_THAN_TEXT = re.compile(
+    r"\b((image|graph|picture|file|map)s?|draw|plot|go to)\b", re.IGNORECASE
+)
+
+
+# a character of the scripts that put no blanks between words: Thai, Lao, Burmese, Khmer, kana,
+# Chinese characters
+UNSPACED = re.compile(
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff]"
+)
 
 
 def words(text: str) -> list[str]:
-    return re.findall(r"[a-z0-9]+", text.lower())
+    """Words in lower case; where a script has no blanks between them, its characters."""
+    # letters, numbers and marks by Unicode; a mark is a vowel in Hindi, an accent elsewhere
+    letters = [c if unicodedata.category(c)[0] in "LNM" else " " for c in text.lower()]
+    return UNSPACED.sub(r" \g<0> ", "".join(letters)).split()
 
 
 def rouge_l(a: list[str], b: list[str]) -> float:
     """ROUGE-L F1 of two word lists: 2 * LCS / (len(a) + len(b)).
 
-    The longest common subsequence is found bit-parallel (Hyyro 2004): one row of the table is one integer.
+    The longest common subsequence is found bit-parallel (Hyyro 2004): one row of the table is one
+    integer.
     """
-    where, row = {}, 0
-    for i, w in enumerate(a):
-        where[w] = where.get(w, 0) | 1 << i
-    ones = row = (1 << len(a)) - 1
-    for w in b:
-        hit = row & where.get(w, 0)
-        row = (row + hit | row - hit) & ones
-    return 2 * (len(a) - row.bit_count()) / max(1, len(a) + len(b))
+    positions = {}
+    for i, word in enumerate(a):
+        positions[word] = positions.get(word, 0) | 1 << i
+    all_ones = row = (1 << len(a)) - 1
+    for word in b:
+        matches = row & positions.get(word, 0)
+        row = (row + matches | row - matches) & all_ones
+    lcs = len(a) - row.bit_count()
+    return 2 * lcs / max(1, len(a) + len(b))
 
 
-def unfit(text: str) -> str | None:
-    """Why Self-Instruct would drop this prompt, or None (Wang et al. 2022, released code)."""
-    count = len(text.split())
-    if count <= 3 or count > 150:
-        return "too short" if count <= 3 else "too long"
-    if text[0] in string.punctuation or not text[0].isascii():
+def why_unfit(text: str) -> str | None:
+    """Why Self-Instruct would drop this prompt, or None (Wang et al. 2022, released code, which
+    is for English; other scripts fare alike)."""
+    unspaced = len(UNSPACED.findall(text))
+    count = len(UNSPACED.sub("", text).split()) + unspaced / 2  # two characters make a word
+    if count <= 3:
+        return "too short"
+    if count > 150:
+        return "too long"
+    if not text[0].isalnum() and text[0] not in " ¿¡":
         return "odd first character"
     if text.startswith("Write a program"):
         return "asks for a program"
-    return "asks for more than text" if UNFIT.search(text) else None
+    return "asks for more than text" if NEEDS_MORE_THAN_TEXT.search(text) else None
 
 
 def too_similar(text: str, pool: list[list[str]], rouge: float) -> bool:
     """Is its ROUGE-L with any text of the pool over the limit, or is it a copy?"""
     new = words(text)
-    near = (old for old in pool if 2 * min(len(old), len(new)) > rouge * (len(old) + len(new)))  # others are too short
-    return new in pool or any(rouge_l(old, new) > rouge for old in near)
+    if new in pool:
+        return True
+    for old in pool:
+        highest_possible = 2 * min(len(old), len(new)) / max(1, len(old) + len(new))
+        if highest_possible > rouge and rouge_l(old, new) > rouge:
+            return True
+    return False
 
 
-GENERATED = 2  # examples of a request that were accepted before; the others are seeds (Wang et al. 2022: 2 of 8)
+def count_placeholders(template: str, path) -> int:
+    """How many examples a prompt writer's template takes: {1}, {2} and so on, at least one."""
+    numbers = {int(n) for n in re.findall(r"\{(\d+)\}", template)}
+    if not numbers or numbers != set(range(1, len(numbers) + 1)):
+        raise UserError(
+            f"{path}: has no places {{1}}, {{2}}, ... for examples, or leaves one out; mend it"
+        )
+    return len(numbers)
 
 
-def places_of(template: str, where) -> int:
-    """How many examples a prompt writer's template takes: its places are {1}, {2} and so on, at least one."""
-    places = {int(n) for n in re.findall(r"\{(\d+)\}", template)}
-    if not places or places != set(range(1, len(places) + 1)):
-        raise BadInput(f"{where}: has no places {{1}}, {{2}} and so on for examples, or leaves one out; mend it")
-    return len(places)
-
-
-def few_shot(template: str, places: int, seeds: list[str], generated: list[str], key: tuple) -> str:
-    """Fill the places {1}, {2}, ... with up to GENERATED generated prompts, else seeds, in random order."""
+def few_shot(
+    template: str, num_examples: int, seeds: list[str], generated: list[str], key: tuple
+) -> str:
+    """Fill a template with up to NUM_GENERATED generated prompts, else seeds, in random order."""
     rng = random.Random(repr(key))
-    examples = rng.sample(generated, min(GENERATED, len(generated), places))
-    examples += rng.sample(seeds, places - len(examples))
+    examples = rng.sample(generated, min(NUM_GENERATED, len(generated), num_examples))
+    examples += rng.sample(seeds, num_examples - len(examples))
     rng.shuffle(examples)
-    return re.sub(r"\{(\d+)\}", lambda m: examples[int(m[1]) - 1], template)
+    return re.sub(r"\{(\d+)\}", lambda match: examples[int(match[1]) - 1], template)
 
 
 def propose(
@@ -493,206 +618,162 @@ def propose(
     count: int,
     *,
     key: tuple,
-    taken: list[str] = (),
+    earlier: list[str] = (),
     held_out: list[str] = (),
     rouge: float = 0.7,
     wave: int = 128,
     attempts: int = 20,
-    room: int = 1 << 30,
+    max_request_tokens: int = 1 << 30,
 ) -> tuple[list[str], Counter]:
-    """`count` new prompts from a fixed writer, few-shot, filtered as in Self-Instruct (paper section 2.2).
+    """`count` new prompts from a fixed writer, few-shot, filtered as in Self-Instruct (paper
+    section 2.2, step 1); also a count of what became of every request.
 
-    template holds the places {1}, {2}, ... of its examples: GENERATED of them are prompts accepted earlier (while
-    there are none, seeds), the others seed prompts. write(ids, keys) continues id lists; the first
-    line of what it writes is the new prompt. A prompt too similar (ROUGE-L over `rouge`) to a seed, to one accepted
-    or to one of `taken` is dropped, as is one that stands in `held_out`. Examples share `room` tokens: a longer
-    prompt than an equal part of it is never shown.
-
-    Returns the prompts and a count of every rejection by reason. Raises BadInput after attempts * count requests.
+    template has a place for each example, {1}, {2}, ...: NUM_GENERATED of them are prompts
+    accepted before, the others seeds. write(ids, keys) continues id lists; the first line of what
+    it writes is the new prompt. It is dropped if it is too similar (ROUGE-L over `rouge`) to a
+    seed, to one accepted before or to one of `earlier`, or if it stands in `held_out`. Raises
+    UserError after attempts * count requests.
     """
-    places = places_of(template, "the prompt writer's template")
-    share = (room - len(tok.raw(template))) // places
-    shown = [p for p in seeds if len(tok.encode(p)) <= share]
-    if len(shown) < places:
-        raise BadInput(f"the prompt writer's template has {places} places, and {len(shown)} of {len(seeds)} seed "
-                       f"prompts fit one (of {share} tokens); it needs as many prompts as places")  # fmt: skip
-    held_out, accepted, generated, tally, asked = {p.strip() for p in held_out}, [], [], Counter(), 0
-    pool = [words(p) for p in [*seeds, *taken]]
+    num_examples = count_placeholders(template, "the prompt writer's template")
+    template_tokens = len(tok.encode_with_bos(template))
+    max_example_tokens = (max_request_tokens - template_tokens) // num_examples
+    short_seeds = [p for p in seeds if len(tok.encode(p)) <= max_example_tokens]
+    if len(short_seeds) < num_examples:
+        raise UserError(
+            f"the prompt writer's template has {num_examples} places, and {len(short_seeds)} of "
+            f"{len(seeds)} seed prompts fit one (of {max_example_tokens} tokens); it needs as many"
+        )
+    held_out = {p.strip() for p in held_out}
+    pool = [words(p) for p in [*seeds, *earlier]]
+    accepted, generated = [], []
+    tally = Counter()
+    num_requests = 0
     while len(accepted) < count:
-        if asked >= attempts * count:
-            raise BadInput(f"only {len(accepted)} of {count} new prompts survived {asked} requests ({dict(tally)}): "
-                           "ask for fewer, or take a better writer or template")  # fmt: skip
-        keys = [(*key, r) for r in range(asked, asked + min(wave, count - len(accepted) + 8))]
-        asked += len(keys)
-        requests = [tok.raw(few_shot(template, places, shown, generated, k)) for k in keys]
-        for ids in write(requests, keys):
+        if num_requests >= attempts * count:
+            raise UserError(
+                f"only {len(accepted)} of {count} new prompts survived {num_requests} requests "
+                f"({dict(tally)}): ask for fewer, or take a better writer or template"
+            )
+        size = min(wave, count - len(accepted) + 8)
+        keys = [(*key, i) for i in range(num_requests, num_requests + size)]
+        num_requests += size
+        texts = [few_shot(template, num_examples, short_seeds, generated, k) for k in keys]
+        for ids in write([tok.encode_with_bos(text) for text in texts], keys):
             if len(accepted) == count:
                 break
             text = tok.decode(ids).strip().split("\n")[0].strip()
-            cut = "cut by the length limit" if ids[-1] not in (tok.eos, *tok.newlines) else None
-            reason = cut or unfit(text) or ("held out" if text in held_out else None)
-            reason = reason or ("too similar" if too_similar(text, pool, rouge) else None)
+            reason = why_unfit(text)
+            if ids[-1] not in (tok.eos, *tok.newlines):
+                reason = "cut by the length limit"
+            elif not reason and text in held_out:
+                reason = "held out"
+            elif not reason and too_similar(text, pool, rouge):
+                reason = "too similar"
             tally[reason or "accepted"] += 1
-            if reason is None:
+            if not reason:
                 accepted.append(text)
                 pool.append(words(text))
-                generated += [text] if len(tok.encode(text)) <= share else []
+                generated += [text] if len(tok.encode(text)) <= max_example_tokens else []
     return accepted, tally
 
 
-# ---- rows of text, in and out ------------------------------------------------------------------------------
+# ---- rows of JSON lines ----------------------------------------------------------------------
 
 
-def usable(row, key: str) -> bool:
+def has_field(row, key: str) -> bool:
     """Texts are not blank, lists not empty, log-probabilities are numbers."""
     value = row.get(key) if isinstance(row, dict) else None
     if key in ("prompt", "response", "judgement"):
         return isinstance(value, str) and bool(value.strip())
-    return isinstance(value, float) if key == "reference_chosen" else isinstance(value, list) and bool(value)
+    if key == "reference_chosen":
+        return isinstance(value, float)
+    return isinstance(value, list) and bool(value)
 
 
-def read_rows(path: Path, *keys: str, empty: bool = False) -> list[dict]:
+def read_jsonl(
+    path: Path, *keys: str, allow_empty: bool = False, missing_ok: bool = False
+) -> list[dict]:
     """JSON lines with at least `keys`; a bad row is named by file and line."""
-    rows, text = [], read_text(path, "see the README for the files a data folder holds")
+    if missing_ok and not path.exists():
+        return []
+    rows = []
+    text = read_text(path, "see docs/files.md for the files of a data folder")
     for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                if "\\u" in line:  # only an escape can stand for half of a surrogate pair, which no tokenizer reads
-                    json.dumps(row, ensure_ascii=False).encode()
-            except UnicodeEncodeError as e:
-                half = ascii(e.object[e.start])
-                raise BadInput(f"{path}:{number}: {half} alone is no character; mend or remove the line") from None
-            except ValueError as e:
-                raise BadInput(f"{path}:{number}: not valid JSON ({e}); mend or remove the line") from None
-            missing = [k for k in keys if not usable(row, k)]
-            if missing:
-                raise BadInput(f"{path}:{number}: no usable {' and '.join(missing)}; mend or remove the line")
-            rows.append(row)
-    if not rows and not empty:
-        raise BadInput(f"{path}: holds no rows; make it again or remove it")
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if "\\u" in line:  # only an escape can stand for half of a surrogate pair
+                json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as e:
+            half = ascii(e.object[e.start])
+            problem = f"{half} alone is no character"
+            raise UserError(f"{path}:{number}: {problem}; mend or remove the line") from None
+        except ValueError as e:
+            problem = f"not valid JSON ({e})"
+            raise UserError(f"{path}:{number}: {problem}; mend or remove the line") from None
+        missing = [key for key in keys if not has_field(row, key)]
+        if missing:
+            problem = f"no usable {' and '.join(missing)}"
+            raise UserError(f"{path}:{number}: {problem}; mend or remove the line")
+        rows.append(row)
+    if not rows and not allow_empty:
+        raise UserError(f"{path}: holds no rows; make it again or remove it")
     return rows
 
 
-def optional(path: Path, *keys: str, read=read_rows, **knobs) -> list[dict]:
-    """The rows of a file that need not be there."""
-    return read(path, *keys, **knobs) if path.exists() else []
+# ---- in the terminal -------------------------------------------------------------------------
 
 
-def read_questions(path: Path) -> list[dict]:
-    """The rows of a .json list or of JSON lines, with "turns": what the user says, by the name of "prompt",
-    "instruction" (AlpacaEval) or "turns" (MT-Bench). Raises BadInput where a row has none."""
-    questions = []
-    if not path.is_file():
-        raise BadInput(f"{path}: not found; give a .json or .jsonl file of prompts")
-    rows = read_json(path, list) if path.suffix == ".json" else read_rows(path)
-    for number, row in enumerate(rows, 1):
-        row = row if isinstance(row, dict) else {}
-        turns = row.get("turns") or [row.get("instruction", row.get("prompt"))]
-        if not isinstance(turns, list) or not all(isinstance(t, str) and t.strip() for t in turns):
-            raise BadInput(f"{path}: row {number} has no text as prompt or instruction, nor a list of turns; mend it")
-        if len(turns) > 1 and "question_id" not in row:
-            raise BadInput(f"{path}: row {number} has {len(turns)} turns and no question_id; mend it")
-        questions.append(row | {"turns": turns})
-    if not questions:
-        raise BadInput(f"{path}: holds no prompts; give rows with a prompt")
-    return questions
-
-
-# FastChat's temperatures for MT-Bench; in its other categories, writing and roleplay, it is 0.7
-MT_BENCH = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}
-
-
-def answer(
-    model: Llama,
-    tok: Tokenizer,
-    questions: list[dict],
-    *,
-    key: tuple,
-    temperature: float | None,
-    batch: int,
-    max_new: int,
-    top_p: float,
-) -> Iterator[list[dict]]:
-    """The questions with "responses" and "truncated", one of each for every turn (a later turn sees the earlier ones).
-
-    They come in groups of some batches, to be kept at once. temperature None: 0.7, or that of MT-Bench's category.
-    Raises BadInput, before anything is answered, where a question leaves no room for max_new tokens a turn.
-    """  # fmt: skip
-    for number, q in enumerate(questions, 1):
-        need = sum(len(tok.chat(text)) + max_new for text in q["turns"])
-        if need > model.cfg.max_len:
-            raise BadInput(f"prompt {number} may need {need} tokens with its answers, more than the context of "
-                           f"{model.cfg.max_len}: shorten it or lower --max-new")  # fmt: skip
-    own = [MT_BENCH.get(q.get("category"), 0.7) if "question_id" in q else 0.7 for q in questions]
-    todo = [q | {"id": i, "responses": [], "truncated": [], "temperature": t if temperature is None else temperature}
-            for i, (q, t) in enumerate(zip(questions, own, strict=True))]  # fmt: skip
-    with tqdm(total=len(todo), unit=" prompts", disable=None) as bar:
-        for group in (todo[at : at + 4 * batch] for at in range(0, len(todo), 4 * batch)):
-            for turn, t in product(range(max(len(q["turns"]) for q in group)), {q["temperature"] for q in group}):
-                mine = [q for q in group if q["temperature"] == t and len(q["turns"]) > turn]
-                said = [[*chain(*zip(q["turns"], q["responses"], strict=False)), q["turns"][turn]] for q in mine]
-                rows = [{"id": q["id"], "turns": texts} for q, texts in zip(mine, said, strict=True)]
-                knobs = {"max_new": max_new, "temperature": t, "top_p": top_p, "batch": batch}
-                for q, r in zip(mine, respond(model, tok, rows, key=(*key, turn), n=1, **knobs), strict=True):
-                    q["responses"].append(r["response"])
-                    q["truncated"].append(r["truncated"])
-            yield group
-            bar.update(len(group))
-
-
-def as_file(answered: list[dict], name: str, dataset: str, suffix: str) -> str:
-    """Answered questions as the text of a file: AlpacaEval's JSON, FastChat's MT-Bench answers, or plain JSON lines."""
-    if suffix == ".json":
-        rows = [{"instruction": q["turns"][0], "output": q["responses"][0], "generator": name,
-                 "dataset": q.get("dataset", dataset)} for q in answered]  # fmt: skip
-        return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
-    rows = [
-        {"question_id": q["question_id"], "answer_id": f"{name}-{q['question_id']}", "model_id": name,
-         "choices": [{"index": 0, "turns": q["responses"]}], "tstamp": time.time()}
-        if "question_id" in q else
-        {"prompt": q["turns"][0], "response": q["responses"][0], "truncated": q["truncated"][0]}
-        for q in answered
-    ]  # fmt: skip
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-# ---- in the terminal ---------------------------------------------------------------------------------------
-
-
-def load_here(folder: str | os.PathLike) -> tuple[Llama, Tokenizer]:
-    """A checkpoint to be asked: on a GPU in bf16, else in fp32."""
+def load_for_sampling(folder: str | os.PathLike) -> tuple[Llama, Tokenizer]:
+    """A model to be asked: on a GPU in bf16, else in fp32."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tok = load(folder, torch.bfloat16 if device == "cuda" else torch.float32, device)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model, tok = load(folder, dtype, device)
     return model.eval(), tok
 
 
-def say(model: Llama, tok: Tokenizer, turns: list[str], key: tuple, **knobs) -> str:
-    """Stream the answer to a chat to the terminal, token by token, and return it."""
-    ids, shown = [], ""
-    for _, (token,) in stream(model, [tok.chat(*turns)], [key], stop=[tok.eos], **knobs):
-        ids += [token] if token != tok.eos else []
+def sampling_settings(folder: str | os.PathLike) -> dict[str, float]:
+    """The temperature and top-p that a model of a run was trained to be sampled with; the paper's
+    where its folder does not say."""
+    path = Path(folder) / "generation_config.json"
+    settings = read_json(path) if path.exists() else {}
+    return {
+        "temperature": settings.get("temperature", 0.7),
+        "top_p": settings.get("top_p", 0.9),
+    }
+
+
+def print_response(model: Llama, tok: Tokenizer, turns: list[str], key: tuple, **settings) -> str:
+    """Stream the response to a chat to the terminal, token by token, and return it."""
+    ids, printed = [], ""
+    prompt = tok.chat(*turns)
+    for _, (token,) in generate_stream(model, [prompt], [key], stop=[tok.eos], **settings):
+        if token != tok.eos:
+            ids.append(token)
         text = tok.decode(ids)
         if not text.endswith("\ufffd"):  # half of a character that is spelt in bytes
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
+            print(text[len(printed) :], end="", flush=True)
+            printed = text
     print()
-    return shown
+    return printed
 
 
-def chat(model: Llama, tok: Tokenizer, seed: int, **knobs):
+def chat(model: Llama, tok: Tokenizer, seed: int, **settings):
     print("Write a prompt; an empty line starts a new chat, Ctrl-D ends.")
     turns = []
     while True:
         try:
             line = input("> ").strip()
-            turns = [*turns, line] if line else []
-            if len(turns) > 1 and len(tok.chat(*turns)) + knobs["max_new"] > model.cfg.max_len:
-                print(f"(the chat has outgrown the context of {model.cfg.max_len} tokens: a new one begins with this)")
+            if not line:
+                turns = []
+                continue
+            turns.append(line)
+            if len(tok.chat(*turns)) + settings["max_new"] > model.cfg.max_len and turns[1:]:
+                print(f"(more than the context of {model.cfg.max_len} tokens: a new chat begins)")
                 turns = [line]
-            if line:
-                turns.append(say(model, tok, turns, (seed, len(turns)), **knobs))
-        except BadInput as e:
+            turns.append(print_response(model, tok, turns, (seed, len(turns)), **settings))
+        except UserError as e:
             print(f"({e}: a new chat begins)")
             turns = []
         except (EOFError, KeyboardInterrupt):
@@ -700,60 +781,42 @@ def chat(model: Llama, tok: Tokenizer, seed: int, **knobs):
             return
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Chat with a checkpoint, answer one prompt, or answer a file of them.")
-    parser.add_argument("checkpoint", help="folder with config.json, model*.safetensors, tokenizer.model")
+def main():
+    parser = argparse.ArgumentParser(description="Chat with a model, or answer one prompt.")
+    parser.add_argument("folder", help="folder with config.json, *.safetensors, tokenizer.model")
     parser.add_argument("prompt", nargs="?", help="answer this and exit; without it, chat")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="answer the prompts of a .json or .jsonl file")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where: .json for AlpacaEval; .jsonl for rows, or, to "
-                        "questions with turns, FastChat's MT-Bench answers")  # fmt: skip
-    parser.add_argument("--name", help="what to call the model in the file; the name of its folder")
-    parser.add_argument("--batch", type=int, default=64, help="prompts answered side by side")
-    parser.add_argument("--temperature", type=float, help="0 is greedy; 0.7, for MT-Bench that of each category")
-    parser.add_argument("--top-p", type=float, default=0.9)
-    parser.add_argument("--max-new", type=int, default=256, help="most tokens of an answer")
+    parser.add_argument("--temperature", type=float, help="0 is greedy; default: the run's own")
+    parser.add_argument("--top-p", type=float, help="default: the run's own")
+    parser.add_argument("--max-new", type=int, default=256, help="most tokens of a response")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if (args.prompts is None) != (args.out is None) or args.prompts and args.prompt is not None:
-        parser.error("--prompts FILE and --out FILE belong together, and leave no place for a prompt")
-    if args.out and args.out.suffix not in (".json", ".jsonl"):
-        parser.error(f"--out {args.out}: name it .json (AlpacaEval) or .jsonl (rows, MT-Bench)")
-    if args.out and not os.access(args.out.parent, os.W_OK):
-        parser.error(f"--out {args.out}: its folder is not there or may not be written; make it first")
-    if args.batch < 1:
-        parser.error("--batch is at least 1")
-    return args
-
-
-def main():
-    args = parse_args()
-    questions = read_questions(args.prompts) if args.prompts else []
-    if args.out and args.out.suffix == ".json" and any(len(q["turns"]) > 1 for q in questions):
-        raise BadInput(f"{args.prompts}: has questions of several turns, AlpacaEval has no place for them; "
-                       "name --out .jsonl")  # fmt: skip
-    model, tok = load_here(args.checkpoint)
-    knobs = {"top_p": args.top_p, "max_new": args.max_new}
-    if args.prompts:
-        answered, name = [], args.name or Path(args.checkpoint).resolve().name
-        knobs |= {"key": (args.seed,), "temperature": args.temperature, "batch": args.batch}
-        with suppress(KeyboardInterrupt):
-            for group in answer(model, tok, questions, **knobs):
-                answered += group
-                write_text(args.out, as_file(answered, name, args.prompts.stem, args.out.suffix))
-        if len(answered) < len(questions):
-            sys.exit(f"interrupted: {args.out} has the first {len(answered)} of {len(questions)} answers")
-        return
-    knobs["temperature"] = 0.7 if args.temperature is None else args.temperature
+    model, tok = load_for_sampling(args.folder)
+    settings = sampling_settings(args.folder) | {"max_new": args.max_new}
+    for name in ("temperature", "top_p"):
+        if getattr(args, name) is not None:
+            settings[name] = getattr(args, name)
     if args.prompt is not None:
-        say(model, tok, [args.prompt], (args.seed, 0), **knobs)
+        print_response(model, tok, [args.prompt], (args.seed, 0), **settings)
     else:
-        chat(model, tok, args.seed, **knobs)
+        chat(model, tok, args.seed, **settings)
+
+
+def run_command(main: Callable):
+    """Run a command; what the user must mend is one line and exit code 1."""
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as e:
+        sys.exit(f"error: {e}")
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`; the rest goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is on disk", file=sys.stderr)
+        sys.exit(130)
+    except OSError as e:
+        sys.exit(f"error: {e.filename or 'output'}: {e.strerror}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BadInput as e:
-        sys.exit(f"error: {e}")
-    except OSError as e:
-        sys.exit(f"error: {e.filename or 'output'}: {e.strerror}")
+    run_command(main)

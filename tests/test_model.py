@@ -1,4 +1,5 @@
-"""model.py against transformers, published numbers, the real tokenizer and every kind of broken checkpoint."""
+"""model.py against transformers, published numbers, the real tokenizer and all kinds of broken
+model folders."""
 
 import json
 import math
@@ -9,186 +10,135 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
-import bench_memory
 import pytest
 import sentencepiece
 import tiny
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT, random_net
+from conftest import ROOT, random_net, transformers_twin
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import model as model_py
+from dpo import PackedBatch
 from model import (
-    CONFIGS,
-    BadInput,
-    KVCache,
+    CausalContext,
     Llama,
     ModelConfig,
-    Rows,
     Tokenizer,
-    gathered,
+    UserError,
+    check_tp,
     load,
     parallelize,
     rope_tables,
     rotate,
     save,
+    unsharded,
 )
 
 
-def transformers_twin(net: Llama) -> LlamaForCausalLM:
-    """transformers' Llama with the same weights, in eval mode."""
-    c = net.cfg
-    twin = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.dim,
-            num_hidden_layers=c.layers,
-            num_attention_heads=c.heads,
-            num_key_value_heads=c.kv_heads,
-            intermediate_size=c.ffn,
-            max_position_embeddings=c.max_len,
-            rms_norm_eps=c.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-            tie_word_embeddings=c.tied,
-            attn_implementation="eager",
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )
-    state = {model_py.hf_name(k): v for k, v in net.state_dict().items()}
-    twin.load_state_dict(state, strict=True)
-    return twin.eval()
-
-
-def ids(cfg, rows, length, seed=0):
-    return torch.randint(0, cfg.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+def random_ids(cfg, count, length, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, cfg.vocab_size, (count, length), generator=generator)
 
 
 def equal_weights(a, b):
     a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# ---- the network
+def read_files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
+
+# ---- the network -----------------------------------------------------------------------------
 
 SHAPES = [
     {"dim": 32, "heads": 4, "kv_heads": 2, "layers": 2, "ffn": 48},
-    {"dim": 48, "heads": 6, "kv_heads": 1, "layers": 3, "ffn": 100, "rope_theta": 500.0, "norm_eps": 1e-3},
-    {"dim": 40, "heads": 5, "kv_heads": 5, "layers": 1, "ffn": 64, "rope_theta": 1e6},
-    {"dim": 64, "heads": 8, "kv_heads": 4, "layers": 2, "ffn": 96, "tied": True},
+    {"dim": 48, "heads": 6, "kv_heads": 1, "layers": 3, "ffn": 100, "norm_eps": 1e-3},
+    {"dim": 40, "heads": 5, "kv_heads": 5, "layers": 1, "ffn": 64, "rope_theta": 500.0},
+    {"dim": 64, "heads": 8, "kv_heads": 4, "layers": 2, "ffn": 96, "tie_embeddings": True},
 ]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s['heads']}-{s['kv_heads']}")
 def test_logits_and_gradients_equal_those_of_transformers(shape):
-    net = random_net(ModelConfig(vocab_size=97, max_len=64, **shape), seed=shape["dim"], std=0.15)
+    cfg = ModelConfig(vocab_size=97, max_len=64, **shape)
+    net = random_net(cfg, seed=cfg.dim, std=0.15)
     twin = transformers_twin(net)
-    tokens = ids(net.cfg, 3, 33)
+    tokens = random_ids(cfg, 3, 33)
     ours, theirs = net(tokens), twin(tokens).logits
     assert theirs.std() > 0.3
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     for logits in (ours, theirs):
         F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
-    grads = {model_py.hf_name(k): p.grad for k, p in net.named_parameters()}
+    grads = {model_py.hf_name(name): p.grad for name, p in net.named_parameters()}
     assert grads
     for name, p in twin.named_parameters():
         torch.testing.assert_close(grads[name], p.grad, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name, count", [("7b", 6_738_415_616), ("13b", 13_015_864_320), ("70b", 68_976_648_192)])
-def test_the_named_sizes_have_the_published_number_of_parameters(name, count):
+PUBLISHED_SIZES = {
+    "7b": ({}, 6_738_415_616),  # the defaults
+    "13b": ({"dim": 5120, "layers": 40, "heads": 40, "kv_heads": 40, "ffn": 13824}, 13015864320),
+    "70b": ({"dim": 8192, "layers": 80, "heads": 64, "kv_heads": 8, "ffn": 28672}, 68976648192),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_SIZES)
+def test_llama_2s_sizes_have_the_published_number_of_parameters(name):
+    shape, count = PUBLISHED_SIZES[name]
     with torch.device("meta"):
-        assert sum(p.numel() for p in Llama(CONFIGS[name]).parameters()) == count
+        net = Llama(ModelConfig(**shape))
+    assert sum(p.numel() for p in net.parameters()) == count
 
 
-@pytest.fixture
-def mesh():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1, 1, 1), mesh_dim_names=("replicate", "dp", "tp"))
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("policy", ["cast", "sharded"])
-def test_rope_angles_of_a_bf16_model_are_fp32_where_they_are_used(net, mesh, monkeypatch, policy):
-    seen = []
-
-    def spy(x, cos, sin):
-        seen.append((x.dtype, cos.dtype, sin.dtype))
-        return rotate(x, cos, sin)
-
-    monkeypatch.setattr(model_py, "rotate", spy)
-    low = Llama(net.cfg)
-    low.to(torch.bfloat16) if policy == "cast" else parallelize(low, mesh, torch.bfloat16)
-    low(ids(net.cfg, 1, 5))
-    assert set(seen) == {(torch.bfloat16, torch.float32, torch.float32)}
-
-
-def test_recomputation_gives_the_same_gradients_of_activations_made_twice(cfg, mesh, monkeypatch):
-    calls, old = [], Rows.attend
-    monkeypatch.setattr(Rows, "attend", lambda *args: calls.append(1) or old(*args))
-    tokens, grads = ids(cfg, 2, 9), []
-    for recompute, layers in ((False, 2), (True, 4)):
-        low = random_net(cfg, dropout=0.1)
-        parallelize(low, mesh, torch.float32, recompute)
-        torch.manual_seed(0)
-        calls.clear()
-        low(tokens).square().sum().backward()
-        assert len(calls) == layers
-        grads.append([p.grad.full_tensor() for p in low.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-    calls.clear()
-    with torch.no_grad():
-        low(tokens)
-    assert len(calls) == 2
-
-
-@pytest.mark.parametrize("offload", [False, True])
-def test_offloaded_shards_lie_in_the_cpus_memory(cfg, mesh, monkeypatch, offload):
-    """On a CPU there is nothing to see: what is asked of FSDP must do."""
-    asked = []
-    monkeypatch.setattr(model_py, "fully_shard", lambda module, **knobs: asked.append(knobs["offload_policy"]))
-    parallelize(Llama(cfg), mesh, torch.float32, offload=offload)
-    assert [type(a) is CPUOffloadPolicy for a in asked] == [offload] * 3
+def test_a_readout_takes_the_place_of_the_logits(net):
+    tokens = random_ids(net.cfg, 2, 7)
+    last = net(tokens, readout=lambda hidden, lm_head: lm_head(hidden[:, -1]))
+    torch.testing.assert_close(last, net(tokens)[:, -1], atol=1e-5, rtol=1e-5)
 
 
 def test_rope_angles_are_true_at_position_4095():
-
     cos, sin = rope_tables(torch.tensor([[4095]]), 128, 10000.0)
     angles = [4095 * 10000.0 ** (-2 * i / 128) for i in range(64)]  # Python floats are fp64
-    want = [torch.tensor([f(a) for a in angles]) for f in (math.cos, math.sin)]
-    torch.testing.assert_close(cos.flatten(), torch.cat((want[0], want[0])), atol=1e-3, rtol=0)
-    torch.testing.assert_close(sin.flatten(), torch.cat((-want[1], want[1])), atol=1e-3, rtol=0)
+    true_cos = torch.tensor([math.cos(a) for a in angles])
+    true_sin = torch.tensor([math.sin(a) for a in angles])
+    torch.testing.assert_close(cos.flatten(), true_cos.repeat(2), atol=1e-3, rtol=0)
+    want = torch.cat((-true_sin, true_sin))
+    torch.testing.assert_close(sin.flatten(), want, atol=1e-3, rtol=0)
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance_only():
-    g = torch.Generator().manual_seed(0)
-    q, k = torch.randn(2, 1, 1, 1, 16, generator=g)
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 16, generator=generator)
+
+    def turn(x, position):
+        return rotate(x, *rope_tables(torch.tensor([[position]]), 16, 1e4))
 
     def product(m, n):
-        return (rotate(q, *rope_tables(torch.tensor([[m]]), 16, 1e4)) *
-                rotate(k, *rope_tables(torch.tensor([[n]]), 16, 1e4))).sum()  # fmt: skip
+        return (turn(q, m) * turn(k, n)).sum()
 
     torch.testing.assert_close(product(7, 3), product(57, 53), atol=1e-4, rtol=1e-4)
     assert abs(product(7, 3) - product(7, 6)) > 1e-1
-    torch.testing.assert_close(rotate(q, *rope_tables(torch.tensor([[99]]), 16, 1e4)).norm(), q.norm())
+    torch.testing.assert_close(turn(q, 99).norm(), q.norm())
 
 
 def test_right_padding_leaves_the_logits_of_real_tokens_unchanged(net):
-    tokens = ids(net.cfg, 2, 12)
+    tokens = random_ids(net.cfg, 2, 12)
     padded = torch.cat((tokens, torch.zeros(2, 9, dtype=torch.long)), 1)
     torch.testing.assert_close(net(padded)[:, :12], net(tokens), atol=1e-5, rtol=1e-5)
 
 
 def test_no_position_sees_the_future(net):
-    a = ids(net.cfg, 1, 12)
+    a = random_ids(net.cfg, 1, 12)
     b = a.clone()
     b[0, 7] = (b[0, 7] + 1) % net.cfg.vocab_size
     before, after = net(a), net(b)
@@ -196,143 +146,59 @@ def test_no_position_sees_the_future(net):
     assert not torch.allclose(before[:, 7:], after[:, 7:], atol=1e-3)
 
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+def attend_by_hand(q, k, v):
+    """Causal attention of the definition, in fp64: a query head at a time."""
+    outputs = []
+    group = q.shape[1] // k.shape[1]
+    for head in range(q.shape[1]):
+        query, key, value = q[:, head], k[:, head // group], v[:, head // group]
+        scores = query.double() @ key.double().mT / q.shape[-1] ** 0.5
+        future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+        outputs.append(scores.masked_fill(future, -math.inf).softmax(-1) @ value.double())
+    return torch.stack(outputs, dim=1).float()
 
 
-def remembering(start, k, v, head=None):
-    """A cache whose rows hold k and v (B, K, S, hd) from the columns `start` on, behind a head (K, P, hd) if any."""
-    cache = KVCache(1, *k.shape[:1], k.shape[2] + 5, k.device)
-    cache.start += torch.tensor(start, device=k.device)
-    cache.put(0, k, v)
-    cache.end = k.shape[2]
-    if head:
-        cache.parent = KVCache(1, 1, head[0].shape[1], k.device)
-        cache.parent.put(0, *(t[None] for t in head))
-        cache.parent.end = head[0].shape[1]
-    return cache
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=no_gpu)])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (6, 1)])
-@pytest.mark.parametrize("T, common", [(1, 0), (4, 0), (1, 5), (4, 5)])
-def test_all_ways_to_attend_equal_torchs_own_attention(heads, kv_heads, T, common, device):
-    """Of rows of unlike length in a cache, alone and behind what they have in common."""
-    g = torch.Generator().manual_seed(heads)
-    q, k, v = (torch.randn(3, n, t, 8, generator=g) for n, t in ((heads, T), (kv_heads, 9 + T), (kv_heads, 9 + T)))
-    first = torch.randn(2, kv_heads, common, 8, generator=g)
-    column, start = torch.arange(9 + T), torch.tensor([0, 3, 7])
-    mask = (column >= start[:, None, None]) & (column <= 9 + torch.arange(T)[:, None])  # (3, T, 9 + T)
-    keys, values = (torch.cat((f.expand(3, -1, -1, -1), t), 2).repeat_interleave(heads // kv_heads, dim=1)
-                    for f, t in zip(first, (k, v), strict=True))  # fmt: skip
-    want = F.scaled_dot_product_attention(q, keys, values, attn_mask=F.pad(mask, (common, 0), value=True)[:, None])
-    q, k, v, first = (t.to(device) for t in (q, k, v, first))
-    for way in ("attend", "attend_fused"):
-        cache = remembering(start.tolist(), k[:, :, :9], v[:, :, :9], tuple(first) if common else None)
-        assert (cache.look(T).cpu() == common + column[9:] - start[:, None]).all()
-        got = getattr(cache, way)(0, q, k[:, :, 9:], v[:, :, 9:]).cpu()
-        torch.testing.assert_close(got, want, atol=1e-5 if device == "cpu" else 1e-3, rtol=0)
+def test_without_a_context_texts_see_what_a_packed_batch_of_them_sees(heads, kv_heads, device):
+    generator = torch.Generator().manual_seed(heads)
+    q = torch.randn(2, heads, 5, 8, generator=generator)
+    k, v = torch.randn(2, 2, kv_heads, 5, 8, generator=generator)
+    want = attend_by_hand(q, k, v)
+    q, k, v = (t.to(device) for t in (q, k, v))
+    atol = 1e-5 if device == "cpu" else 1e-3
+
+    causal = CausalContext(5, device)
+    assert causal.positions.tolist() == [[0, 1, 2, 3, 4]]
+    torch.testing.assert_close(causal.attend(0, q, k, v).cpu(), want, atol=atol, rtol=0)
+
+    packed = PackedBatch([(5, 0, 0), (5, 1, 0)], device)
+    assert packed.positions.tolist() == [[0, 1, 2, 3, 4] * 2]
+    flat = (t.transpose(0, 1).flatten(1, 2)[None] for t in (q, k, v))  # (1, H or K, 2 * 5, hd)
+    out = packed.attend(0, *flat)[0].unflatten(1, (2, 5)).transpose(0, 1)
+    torch.testing.assert_close(out.cpu(), want, atol=atol, rtol=0)
 
 
-def test_in_half_precision_the_parts_of_a_text_are_weighed_in_full():
-    """Scores near 40, where numbers of bfloat16 lie 0.25 apart: that much of a sum of exponentials may not be lost."""
-    g = torch.Generator().manual_seed(0)
-    k, first = torch.randn(3, 1, 9, 8, generator=g), torch.randn(1, 40, 8, generator=g)
-    k, first, q = k + 5, first + 5, torch.full((3, 1, 1, 8), 2.8)
-    v, values = torch.zeros_like(k), torch.ones_like(first)  # what comes out is the share of the head
-    cache = remembering([0, 0, 0], *(t[:, :, :8].bfloat16() for t in (k, v)), (first.bfloat16(), values.bfloat16()))
-    cache.look(1)
-    got = cache.attend(0, *(t.bfloat16() for t in (q, k[:, :, 8:], v[:, :, 8:])))
-    scores = (
-        torch.cat((first.expand(3, -1, -1), k[:, 0]), 1).bfloat16().double() @ q.bfloat16()[0, 0, 0].double()
-    ) / 8**0.5
-    want = scores.bfloat16().double().softmax(-1)[:, :40].sum(-1)  # (3,)
-    assert want.std() > 0.01
-    torch.testing.assert_close(got[:, 0, 0, 0].double(), want, atol=0.01, rtol=0)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (6, 1)])
-def test_attention_of_equal_rows_without_a_cache_is_causal(heads, kv_heads, device):
-    g = torch.Generator().manual_seed(heads)
-    q, k, v = (torch.randn(2, n, 5, 8, generator=g) for n in (heads, kv_heads, kv_heads))
-    want = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    rows = Rows([(5, 0, 0), (5, 1, 0)], device)
-    got = rows.attend(0, *(t.transpose(0, 1).flatten(1, 2)[None].to(device) for t in (q, k, v)))
-    got = got[0].unflatten(1, (2, 5)).transpose(0, 1).cpu()
-    torch.testing.assert_close(got, want, atol=1e-5 if device == "cpu" else 1e-3, rtol=0)
+def test_logits_of_texts_side_by_side_are_those_of_a_packed_batch(net):
+    tokens = random_ids(net.cfg, 3, 11)
+    packed = PackedBatch([(11, i, 0) for i in range(3)])
+    logits = net(tokens.view(1, -1), packed).view(3, 11, -1)
+    torch.testing.assert_close(net(tokens), logits, atol=1e-5, rtol=1e-5)
 
 
 def test_dropout_acts_in_train_mode_only(cfg):
-    tokens, plain, dropping = ids(cfg, 2, 6), random_net(cfg), random_net(cfg, dropout=0.3)
+    tokens = random_ids(cfg, 2, 6)
+    plain, dropping = random_net(cfg), random_net(cfg, dropout=0.3)
     assert torch.equal(dropping.eval()(tokens), plain(tokens))
     dropping.train()
     assert not torch.allclose(dropping(tokens), dropping(tokens), atol=1e-2)
     assert torch.equal(plain.train()(tokens), plain.eval()(tokens)), "rate 0 drops nothing"
 
 
-def test_a_cache_fed_in_ragged_pieces_gives_the_logits_of_one_pass(net):
-    a, b = ids(net.cfg, 1, 11, seed=1), ids(net.cfg, 1, 8, seed=2)
-    cache = net.new_cache(2, 12)
-    first = torch.zeros(2, 6, dtype=torch.long)
-    first[0], first[1, 3:] = a[0, :6], b[0, :3]  # the second row is shorter: rubbish stands before its start
-    cache.start[1] = 3
-    x = net(first, cache)
-    y = net(torch.cat((a[:, 6:], b[:, 3:])), cache)  # five more tokens each
-    want_a, want_b = net(a)[0], net(b)[0]
-    torch.testing.assert_close(torch.cat((x[0], y[0])), want_a, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(torch.cat((x[1, 3:], y[1])), want_b, atol=1e-4, rtol=1e-4)
-
-
-def test_rows_of_a_cache_are_replaced_dropped_and_widened_without_a_trace(net):
-    """Two rows go on behind a shared head; one is replaced by a text of another length, then one is dropped."""
-    head, a, b, c = (ids(net.cfg, 1, n, seed=n) for n in (7, 9, 8, 5))
-    shared = net.new_cache(1, 7)
-    net(head, shared)
-    cache = net.new_cache(2, 6, shared)
-    net(torch.cat((a[:, :6], b[:, :6])), cache)
-    late = net.new_cache(1, 4, shared)
-    net(c[:, :4], late)
-    cache.replace(torch.tensor([1]), torch.tensor([0]), late)
-    cache.resize(slice(None), 6, 9)
-    y = net(torch.cat((a[:, 6:7], c[:, 4:5])), cache)
-    torch.testing.assert_close(y[0, 0], net(torch.cat((head, a[:, :7]), 1))[0, -1], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(y[1, 0], net(torch.cat((head, c), 1))[0, -1], atol=1e-4, rtol=1e-4)
-    cache.resize(torch.tensor([0]), 7, 9)
-    y = net(a[:, 7:], cache)
-    torch.testing.assert_close(y[0], net(torch.cat((head, a), 1))[0, -2:], atol=1e-4, rtol=1e-4)
-
-
-def test_samples_that_share_a_prompt_behind_a_head_see_all_of_it(net):
-    """Five rows go on from two prompts of unlike length, these from a head; then two rows begin another prompt."""
-    head, a, b, c = (ids(net.cfg, 1, n, seed=n) for n in (7, 6, 4, 3))
-    one, prompts, late = net.new_cache(1, 7), net.new_cache(2, 6), net.new_cache(1, 3)
-    prompts.parent = late.parent = one
-    net(head, one)
-    both = torch.zeros(2, 6, dtype=torch.long)
-    both[0], both[1, 2:], prompts.start[1] = a[0], b[0], 2
-    net(both, prompts)
-    net(c, late)
-    cache, rows = net.new_cache(5, 8, prompts), torch.arange(5)
-    cache.adopt(rows, torch.tensor([0, 1, 0, 0, 1]))
-    texts = [torch.cat((head, prompt), 1) for prompt in (a, b, a, a, b)]
-
-    def go_on(T, seed):
-        new = ids(net.cfg, 5, T, seed=seed)
-        texts[:] = [torch.cat((text, row[None]), 1) for text, row in zip(texts, new, strict=True)]
-        y = net(new, cache)
-        for row, text in zip(y, texts, strict=True):
-            torch.testing.assert_close(row, net(text)[0, -T:], atol=1e-4, rtol=1e-4)
-
-    go_on(1, 20)
-    go_on(2, 21)
-    prompts.replace(torch.tensor([1]), torch.tensor([0]), late)
-    cache.adopt(torch.tensor([1, 4]), torch.tensor([1, 1]))
-    texts[1] = texts[4] = torch.cat((head, c), 1)
-    go_on(1, 22)
-    go_on(3, 23)
-
-
-# ---- text <-> ids
+# ---- text <-> ids ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -349,7 +215,8 @@ def test_the_real_tokenizer_gives_the_known_ids(llama_tok):
     assert t.encode("Score: 5") == [2522, 487, 29901, 29871, 29945]
     assert t.encode(" 4") == [259, 29946]
     text = "日本語テキスト😀"
-    assert t.encode(text) == [29871, 30325, 30346, 30968, 30572, 30454, 30255, 30279, 243, 162, 155, 131]
+    ids = [29871, 30325, 30346, 30968, 30572, 30454, 30255, 30279, 243, 162, 155, 131]
+    assert t.encode(text) == ids
     assert t.encode("\n")[-1] == 13 and t.newlines == [13]
     assert t.decode(t.encode(f"{text}\n\tline  two ")) == f"{text}\n\tline  two "
 
@@ -358,34 +225,40 @@ def test_the_chat_format_is_llama_2s(llama_tok):
     t = llama_tok
     assert t.chat("Hi") == [1, 518, 25580, 29962, 6324, 518, 29914, 25580, 29962]
     assert t.chat("  Hi\n") == t.chat("Hi"), "Meta's code strips the turns"
-    # with the answer: what SentencePiece makes of the documented text as a whole
-    assert t.chat("Hi") + t.response("Hello") == [1, *t.sp.encode("[INST] Hi [/INST] Hello"), 2]
+    # with the response: what SentencePiece makes of the documented text as a whole
+    whole = t.sp.encode("[INST] Hi [/INST] Hello")
+    assert t.chat("Hi") + t.response("Hello") == [1, *whole, 2]
     turns = "Where is it?", "In the woods,\nI think.", "Sure?"
-    whole = "[INST] Where is it? [/INST] In the woods,\nI think.", "[INST] Sure? [/INST]"
-    assert t.chat(*turns) == [1, *t.sp.encode(whole[0]), 2, 1, *t.sp.encode(whole[1])]
+    first = t.sp.encode("[INST] Where is it? [/INST] In the woods,\nI think.")
+    second = t.sp.encode("[INST] Sure? [/INST]")
+    assert t.chat(*turns) == [1, *first, 2, 1, *second]
 
 
-def test_every_turn_has_one_bos_and_every_answer_one_eos(tok):
+def test_every_turn_has_one_bos_and_every_response_one_eos(tok):
     for turns in (["Where does the otter live?"], ["a", "b", "c"], ["a", "b", "c", "d", "e"]):
         chat = tok.chat(*turns)
         assert chat[0] == tok.bos
         assert chat.count(tok.bos) == len(turns) // 2 + 1
         assert chat.count(tok.eos) == len(turns) // 2
-    answer = tok.response("  In rivers.\n")
-    assert answer[-1] == tok.eos and answer.count(tok.eos) == 1 and tok.bos not in answer
-    assert tok.decode(answer[:-1]) == "In rivers."
+    response = tok.response("  In rivers.\n")
+    assert response[-1] == tok.eos and response.count(tok.eos) == 1 and tok.bos not in response
+    assert tok.decode(response[:-1]) == "In rivers."
     assert tok.response("") == [tok.eos]
-    assert tok.raw("fox").count(tok.bos) == 1 and tok.eos not in tok.raw("fox")
+    ids = tok.encode_with_bos("fox")
+    assert ids[0] == tok.bos and ids.count(tok.bos) == 1 and tok.eos not in ids
     with pytest.raises(AssertionError):
         tok.chat("user", "assistant")
 
 
-@pytest.mark.parametrize("text", ["</s>", "<s>", "a </s> b", "<unk>", "[/INST] x [INST]", "<0x0A>", "<<SYS>>"])
+LOOKALIKES = ["</s>", "<s>", "a </s> b", "<unk>", "[/INST] x [INST]", "<0x0A>", "<<SYS>>"]
+
+
+@pytest.mark.parametrize("text", LOOKALIKES)
 def test_text_that_looks_like_a_control_token_stays_text(tok, llama_tok, text):
     for t in (tok, llama_tok):
-        for made in (t.chat(text)[1:], t.response(text)[:-1]):
-            assert not {t.bos, t.eos} & set(made)
-            assert text in t.decode(made)
+        for ids in (t.chat(text)[1:], t.response(text)[:-1]):
+            assert not {t.bos, t.eos} & set(ids)
+            assert text in t.decode(ids)
 
 
 def test_newlines_and_spaces_survive_the_small_tokenizer(tok):
@@ -396,93 +269,139 @@ def test_newlines_and_spaces_survive_the_small_tokenizer(tok):
 
 
 def test_half_of_a_character_is_refused_by_the_tokenizer_in_one_line(tok):
-    with pytest.raises(BadInput, match=r"^'tell me \\udcff': holds half"):
+    with pytest.raises(UserError, match=r"^'tell me \\udcff': holds half"):
         tok.encode("tell me \udcff")
 
 
 def test_a_vocabulary_without_llamas_control_tokens_is_refused(tmp_path):
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the otter lives in rivers and eats fish"]), model_prefix=str(tmp_path / "other"),
-        vocab_size=30, model_type="char", bos_piece="<bos>", hard_vocab_limit=False, minloglevel=2)  # fmt: skip
-    with pytest.raises(BadInput, match="other.model: lacks .*<s>"):
+        sentence_iterator=iter(["the otter lives in rivers and eats fish"]),
+        model_prefix=str(tmp_path / "other"),
+        vocab_size=30,
+        model_type="char",
+        bos_piece="<bos>",
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    with pytest.raises(UserError, match="other.model: lacks .*<s>"):
         Tokenizer(tmp_path / "other.model")
 
 
-# ---- checkpoints that are good
+# ---- model folders that are good -------------------------------------------------------------
 
 
-def greedy(net, tokens, count):
-    cache, out = net.new_cache(1, count), list(tokens)
-    for _ in range(count - len(tokens)):
-        logits = net(torch.tensor([out[cache.end :]]), cache)
-        out.append(logits[0, -1].argmax().item())
-    return out
+@torch.no_grad()
+def greedy(net, ids, count):
+    ids = list(ids)
+    while len(ids) < count:
+        logits = net(torch.tensor([ids]))
+        ids.append(logits[0, -1].argmax().item())
+    return ids
 
 
-@pytest.mark.parametrize("kind", ["hf", "hf-sharded", "meta-mp1", "meta-mp2"])
+@pytest.mark.parametrize("kind", ["hf", "hf-sharded"])
 def test_real_weights_load_and_write_what_they_are_known_to_write(shared, kind):
     net, tok = load(shared / "stories260K" / kind)
     known = json.loads((shared / "stories260K" / "greedy.json").read_text())
     assert equal_weights(net, load(shared / "stories260K" / "hf")[0])
     assert tok.size == net.cfg.vocab_size == 512 and net.cfg.kv_heads == 4
-    made = greedy(net, known["ids"][:1], len(known["ids"]))
-    assert made == known["ids"]
-    assert tok.decode(made) == known["text"]
+    ids = greedy(net, known["ids"][:1], len(known["ids"]))
+    assert ids == known["ids"]
+    assert tok.decode(ids) == known["text"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_real_weights_that_transformers_saved_again_load_bit_for_bit(shared, tmp_path, dtype):
-    theirs = AutoModelForCausalLM.from_pretrained(shared / "stories260K" / "hf", dtype=dtype)
-    theirs.save_pretrained(tmp_path / "it", max_shard_size="300KB")
-    shutil.copy(shared / "stories260K" / "hf" / "tokenizer.model", tmp_path)  # beside the folder does as well
-    ours, first = load(tmp_path / "it")[0], load(shared / "stories260K" / "hf")[0]
+    source = shared / "stories260K" / "hf"
+    theirs = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    theirs.save_pretrained(tmp_path, max_shard_size="300KB")
+    shutil.copy(source / "tokenizer.model", tmp_path)
+    ours = load(tmp_path)[0]
     assert ours.embed_tokens.weight.dtype == torch.float32
-    assert equal_weights(ours, first.to(dtype).float())
-    tokens = ids(ours.cfg, 1, 60)
-    torch.testing.assert_close(ours(tokens), theirs.float()(tokens).logits, atol=1e-4, rtol=1e-4)
+    assert equal_weights(ours, load(source)[0].to(dtype).float())
+    tokens = random_ids(ours.cfg, 1, 60)
+    logits = theirs.float()(tokens).logits
+    torch.testing.assert_close(ours(tokens), logits, atol=1e-4, rtol=1e-4)
+
+
+def check_weight_files(folder, net, shard_bytes):
+    """No file is larger than it may be, and the index names what each holds."""
+    files = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
+    index_file = folder / model_py.SHARD_INDEX
+    assert (len(files) > 3) == index_file.exists() == (shard_bytes == 10_000)
+    if not index_file.exists():
+        assert files.keys() == {"model.safetensors"}
+        return
+    for tensors in files.values():
+        assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= shard_bytes
+    index = json.loads(index_file.read_text())
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in net.parameters())
+    weight_map = {name: file for file, tensors in files.items() for name in tensors}
+    assert index["weight_map"] == weight_map
 
 
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 10_000], ids=["one file", "shards"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tied", [False, True])
-def test_what_we_save_loads_bit_for_bit_here_and_in_transformers(cfg, tok, tmp_path, monkeypatch, dtype, tied, shard_bytes):  # fmt: skip  # noqa: E501
+@pytest.mark.parametrize("tie", [False, True])
+def test_what_we_save_loads_bit_for_bit_here_and_in_transformers(
+    cfg, tok, tmp_path, monkeypatch, dtype, tie, shard_bytes
+):
     monkeypatch.setattr(model_py, "SHARD_BYTES", shard_bytes)
-    net = random_net(replace(cfg, tied=tied, rope_theta=5000.0, norm_eps=1e-6)).to(dtype)
-    save(net, tok, tmp_path / "new", dtype=dtype)
-    back, back_tok = load(tmp_path / "new", dtype=dtype)
-    assert equal_weights(net, back) and back.cfg == net.cfg
+    cfg = replace(cfg, tie_embeddings=tie, rope_theta=5000.0, norm_eps=1e-6)
+    net = random_net(cfg).to(dtype)
+    save(net, tok, tmp_path / "new")
+    check_weight_files(tmp_path / "new", net, shard_bytes)
+
+    back, back_tok = load(tmp_path / "new", dtype)
+    assert equal_weights(net, back) and back.cfg == cfg
+    assert all(p.requires_grad for p in back.parameters())
     assert back_tok.path.read_bytes() == tok.path.read_bytes()
-    assert (back.lm_head.weight is back.embed_tokens.weight) == tied
-    files = sorted((tmp_path / "new").glob("*.safetensors"))
-    assert (len(files) > 3) == (shard_bytes == 10_000)
-    if len(files) > 1:
-        assert all(sum(t.nbytes for t in load_file(f).values()) <= 10_000 or len(load_file(f)) == 1 for f in files)
-        index = json.loads((tmp_path / "new" / model_py.SHARD_INDEX).read_text())
-        assert index["metadata"]["total_size"] == sum(p.numel() for p in net.parameters()) * dtype.itemsize
+    assert (back.lm_head.weight is back.embed_tokens.weight) == tie
+
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
     assert theirs.dtype == dtype
     state = theirs.state_dict()
     for name, p in net.state_dict().items():
         assert torch.equal(state[model_py.hf_name(name)], p), name
     if dtype == torch.float32:
-        tokens = ids(cfg, 2, 20)
-        torch.testing.assert_close(back(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+        tokens = random_ids(cfg, 2, 20)
+        logits = theirs(tokens).logits
+        torch.testing.assert_close(back(tokens), logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_transformers_saves_loads_here_bit_for_bit(cfg, tok, tmp_path, dtype, tied):
-    net = random_net(replace(cfg, tied=tied, rope_theta=777.0)).to(dtype)
-    transformers_twin(net).to(dtype).save_pretrained(tmp_path / "new", max_shard_size="20KB")
+def test_what_transformers_saves_loads_here_bit_for_bit(cfg, tok, tmp_path, dtype, tie):
+    net = random_net(replace(cfg, tie_embeddings=tie, rope_theta=777.0)).to(dtype)
+    theirs = transformers_twin(net).to(dtype)
+    theirs.save_pretrained(tmp_path / "new", max_shard_size="20KB")
     shutil.copy(tok.path, tmp_path / "new" / "tokenizer.model")
     assert len(list((tmp_path / "new").glob("*.safetensors"))) > 1
-    back, _ = load(tmp_path / "new", dtype=dtype)
+    back, _ = load(tmp_path / "new", dtype)
     assert equal_weights(net, back)
     assert back.cfg == net.cfg
 
 
-def write_checkpoint(folder, net, tok, config=None, change=None):
-    """A checkpoint written by hand, transformers-4 style, with one thing changed."""
+def test_loading_and_saving_again_gives_the_same_bytes(cfg, tok, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_py, "SHARD_BYTES", 50_000)
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = tmp_path / f"a {dtype}", tmp_path / f"b {dtype}"
+        save(random_net(cfg).to(dtype), tok, a, {"temperature": 0.7, "top_p": 0.9})
+        save(*load(a, dtype), b, {"temperature": 0.7, "top_p": 0.9})
+        assert read_files(a) == read_files(b) and len(read_files(a)) >= 8
+
+
+def test_a_model_loads_in_the_precision_and_with_the_dropout_that_are_asked_for(
+    cfg, net, tok, tmp_path
+):
+    save(net, tok, tmp_path / "m")
+    half, _ = load(tmp_path / "m", torch.bfloat16, dropout=0.25)
+    assert equal_weights(half, random_net(cfg).to(torch.bfloat16))
+    assert [block.dropout.p for block in half.layers] == [0.25, 0.25]
+
+
+def write_folder(folder, net, tok, config=None, change=None):
+    """A model folder written by hand as transformers 4 does, with one thing changed."""
     folder.mkdir()
     c = net.cfg
     d = {
@@ -500,10 +419,11 @@ def write_checkpoint(folder, net, tok, config=None, change=None):
         "vocab_size": c.vocab_size,
         "torch_dtype": "float16",
         "pad_token_id": None,
+        "tie_word_embeddings": c.tie_embeddings,
     }
-    d = {k: v for k, v in (d | (config or {})).items() if v != "remove"}
+    d = {key: value for key, value in (d | (config or {})).items() if value != "remove"}
     (folder / "config.json").write_text(json.dumps(d))
-    tensors = {model_py.hf_name(k): v.clone() for k, v in net.state_dict().items()}
+    tensors = {model_py.hf_name(name): p.clone() for name, p in net.state_dict().items()}
     if change:
         change(tensors)
     save_file(tensors, folder / "model.safetensors")
@@ -511,200 +431,316 @@ def write_checkpoint(folder, net, tok, config=None, change=None):
     return folder
 
 
-def test_a_checkpoint_of_older_transformers_with_stored_rope_tables_loads(cfg, tok, tmp_path):
+def test_the_folder_written_by_hand_is_good_when_nothing_is_changed(net, tok, tmp_path):
+    assert equal_weights(load(write_folder(tmp_path / "it", net, tok))[0], net)
+
+
+def test_a_folder_of_older_transformers_with_stored_rope_tables_loads(cfg, tok, tmp_path):
     net = random_net(replace(cfg, rope_theta=1234.0))
 
     def add_tables(tensors):
         for i in range(cfg.layers):
-            tensors[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = torch.full((4,), 99.0)
+            name = f"model.layers.{i}.self_attn.rotary_emb.inv_freq"
+            tensors[name] = torch.full((4,), 99.0)
 
-    back, _ = load(write_checkpoint(tmp_path / "old", net, tok, change=add_tables))
+    back, _ = load(write_folder(tmp_path / "old", net, tok, change=add_tables))
     assert back.cfg.rope_theta == 1234.0
-    tokens = ids(cfg, 1, 30)
+    tokens = random_ids(cfg, 1, 30)
     assert torch.equal(back(tokens), net(tokens))
     assert not torch.allclose(back(tokens), random_net(cfg)(tokens), atol=1e-3), "theta matters"
 
 
-def test_a_config_without_kv_heads_means_one_for_each_head(cfg, tok, tmp_path):
+def test_a_config_may_leave_out_what_has_a_default(cfg, tok, tmp_path):
+    """One key/value head for each head, an output head of its own."""
     net = random_net(replace(cfg, kv_heads=cfg.heads))
-    back, _ = load(write_checkpoint(tmp_path / "old", net, tok, config={"num_key_value_heads": "remove"}))
-    assert equal_weights(net, back)
+    config = {"num_key_value_heads": "remove", "tie_word_embeddings": "remove"}
+    back, _ = load(write_folder(tmp_path / "old", net, tok, config))
+    assert equal_weights(net, back) and back.cfg == net.cfg
 
 
-def test_saving_over_a_checkpoint_leaves_nothing_of_the_old_one(cfg, tok, tmp_path, monkeypatch):
+def test_a_tied_model_whose_file_holds_the_head_as_well_loads(cfg, tok, tmp_path):
+    net = random_net(replace(cfg, tie_embeddings=True))
+    folder = write_folder(tmp_path / "tied", net, tok)
+    assert "lm_head.weight" in load_file(folder / "model.safetensors")
+    back, _ = load(folder)
+    assert equal_weights(net, back) and back.lm_head.weight is back.embed_tokens.weight
+
+
+# ---- saving ----------------------------------------------------------------------------------
+
+
+def test_saving_over_a_model_leaves_nothing_of_the_old_one(cfg, tok, tmp_path, monkeypatch):
     old, new = random_net(cfg, seed=1), random_net(cfg, seed=2)
-    monkeypatch.setattr(model_py, "SHARD_BYTES", 10_000)
-    save(old, tok, tmp_path / "m")
+    with monkeypatch.context() as m:
+        m.setattr(model_py, "SHARD_BYTES", 10_000)
+        save(old, tok, tmp_path / "m")
     back, its_tok = load(tmp_path / "m")
-    monkeypatch.setattr(model_py, "SHARD_BYTES", 1 << 30)
     save(new, its_tok, tmp_path / "m")  # onto itself, tokenizer included
     assert equal_weights(load(tmp_path / "m")[0], new) and not equal_weights(back, new)
-    names = {"config.json", "model.safetensors", "tokenizer.model", "tokenizer.json", "tokenizer_config.json"}
-    names.add("generation_config.json")
-    assert {f.name for f in (tmp_path / "m").iterdir()} == names
+    names = {"config.json", "model.safetensors", "tokenizer.model", "tokenizer.json"}
+    names |= {"tokenizer_config.json", "generation_config.json"}
+    assert {path.name for path in (tmp_path / "m").iterdir()} == names
 
 
-def test_only_the_writing_process_touches_the_disk(cfg, net, tok, tmp_path):
+def test_only_the_writing_process_touches_the_disk(net, tok, tmp_path):
     save(net, tok, tmp_path / "m", write=False)
     assert not (tmp_path / "m").exists()
 
 
 def test_files_are_on_disk_before_they_take_their_place(tmp_path, monkeypatch):
     """Else a power cut may leave an empty file where a finished one stood."""
-    seen, replace = [], os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: seen.append(os.fstat(fd).st_size))
-    monkeypatch.setattr(os, "replace", lambda a, b: seen.append((Path(b).name, a.stat().st_size)) or replace(a, b))
-    model_py.write_text(tmp_path / "a.txt", "seven\n\n")
-    model_py.write_weights(tmp_path / "w", {"p": torch.nn.Parameter(torch.ones(3))}, torch.float32, True)
+    events, replace_file = [], os.replace
+
+    def note_replace(source, target):
+        events.append((Path(target).name, source.stat().st_size))
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda fd: events.append(os.fstat(fd).st_size))
+    monkeypatch.setattr(os, "replace", note_replace)
+    model_py.atomic_write(tmp_path / "a.txt", "seven\n\n")
+    model_py.write_weights(tmp_path / "w", {"p": torch.ones(3)})
     size = (tmp_path / "w").stat().st_size
-    assert seen == [7, ("a.txt", 7), size, ("w", size)] and size > 12
+    assert events == [7, ("a.txt", 7), size, ("w", size)] and size > 12
 
 
-@pytest.mark.parametrize("function", ["write_weights", "write_text", "write_config"])
-@pytest.mark.parametrize("before", [False, True], ids=["fresh", "over an old one"])
-def test_a_save_that_is_interrupted_leaves_no_folder_that_loads(cfg, net, tok, tmp_path, monkeypatch, function, before):
-    """Killed at every write in turn: the folder is refused each time until the save has gone through."""
+WRITERS = {"write_weights": 3, "atomic_write": 5, "write_config": 1}  # and how often save calls it
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("overwrite", [False, True], ids=["fresh", "over an old one"])
+def test_a_save_that_is_interrupted_leaves_no_folder_that_loads(
+    cfg, net, tok, tmp_path, monkeypatch, writer, overwrite
+):
+    """Killed at every write in turn, the folder is refused until a save has gone through."""
     monkeypatch.setattr(model_py, "SHARD_BYTES", 20_000)
-    real, kills = getattr(model_py, function), 0
-    for at in range(100):
-        folder = tmp_path / str(at)
-        if before:
+    write = getattr(model_py, writer)
+    kills = 0
+    for number in range(100):
+        folder = tmp_path / str(number)
+        if overwrite:
             save(random_net(cfg, seed=9), tok, folder)
-        calls = iter(range(1000))
+        left = [number]  # calls that go through
 
-        def die(*args, _calls=calls, _at=at, **kwargs):
-            if next(_calls) == _at:
-                if function == "write_weights":
-                    args[0].with_name(args[0].name + ".tmp").write_bytes(b"half")
-                raise KeyboardInterrupt
-            return real(*args, **kwargs)
+        def die(*args, left=left):
+            left[0] -= 1
+            if left[0] >= 0:
+                return write(*args)
+            if writer == "write_weights":
+                args[0].with_name(args[0].name + ".tmp").write_bytes(b"half")
+            raise KeyboardInterrupt
 
         with monkeypatch.context() as m:
-            m.setattr(model_py, function, die)
+            m.setattr(model_py, writer, die)
             try:
                 save(net, tok, folder)
             except KeyboardInterrupt:
                 kills += 1
-                with pytest.raises(BadInput):
+                with pytest.raises(UserError):
                     load(folder)
                 continue
         assert equal_weights(load(folder)[0], net)
         break
-    assert kills >= {"write_weights": 3, "write_text": 5, "write_config": 1}[function]
+    assert kills >= WRITERS[writer]
 
 
-def write_meta(folder, net, tok, files, params=None, change=None):
-    """A checkpoint as Meta writes it, written by hand: neighbours rotate, every file holds a slice of each matrix."""
-    folder.mkdir()
-    c, parts = net.cfg, [{} for _ in range(files)]
-    names = {"embed_tokens": ("tok_embeddings", 1), "lm_head": ("output", 0), "norm": ("norm", None),
-             "input_layernorm": ("attention_norm", None), "post_attention_layernorm": ("ffn_norm", None),
-             "q_proj": ("attention.wq", 0), "k_proj": ("attention.wk", 0), "v_proj": ("attention.wv", 0),
-             "o_proj": ("attention.wo", 1), "gate_proj": ("feed_forward.w1", 0), "down_proj": ("feed_forward.w2", 1),
-             "up_proj": ("feed_forward.w3", 0)}  # fmt: skip
-    for name, w in net.state_dict().items():
-        *layer, last, _ = name.replace("self_attn.", "").replace("mlp.", "").split(".")
-        theirs, dim = names[last]
-        if last in ("q_proj", "k_proj"):
-            half = c.head_dim // 2
-            order = [
-                h * c.head_dim + i % 2 * half + i // 2 for h in range(len(w) // c.head_dim) for i in range(2 * half)
-            ]
-            w = w[order]
-        for i, part in enumerate(parts):
-            cut = w if dim is None else w.chunk(files, dim)[i]
-            part[".".join([*layer, theirs, "weight"])] = cut.clone()
-    for i, part in enumerate(parts):
-        part["rope.freqs"] = torch.full((c.head_dim // 2,), 99.0)
-        if change:
-            change(part)
-        torch.save(part, folder / f"consolidated.{i:02}.pth")
-    d = {"dim": c.dim, "n_heads": c.heads, "n_layers": c.layers, "norm_eps": c.norm_eps, "vocab_size": -1}
-    d |= {"n_kv_heads": c.kv_heads, "multiple_of": 128, "ffn_dim_multiplier": 1.3}
-    d = {k: v for k, v in (d | (params or {})).items() if v != "remove"}
-    (folder / "params.json").write_text(json.dumps(d))
-    shutil.copy(tok.path, folder / "tokenizer.model")
-    return folder
+def test_a_saved_model_can_be_read_by_whoever_may_read_the_users_other_files(net, tok, tmp_path):
+    save(net, tok, tmp_path / "out")
+    (tmp_path / "plain").write_text("")
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert modes == dict.fromkeys(modes, (tmp_path / "plain").stat().st_mode)
+
+
+# ---- many processes --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mesh():
+    """A world of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "tp"))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("way", ["cast", "sharded", "unsharded"])
+def test_rope_angles_of_a_bf16_model_are_fp32_where_they_are_used(net, mesh, monkeypatch, way):
+    dtypes = set()
+
+    def spy(x, cos, sin):
+        dtypes.add((x.dtype, cos.dtype, sin.dtype))
+        return rotate(x, cos, sin)
+
+    monkeypatch.setattr(model_py, "rotate", spy)
+    low, tokens = Llama(net.cfg), random_ids(net.cfg, 1, 5)
+    if way == "cast":
+        low.to(torch.bfloat16)
+    else:
+        parallelize(low, mesh, torch.bfloat16)
+    if way == "unsharded":
+        with unsharded(low, mesh) as plain:
+            plain(tokens)
+    else:
+        low(tokens)
+    assert dtypes == {(torch.bfloat16, torch.float32, torch.float32)}
+
+
+def test_activation_checkpointing_gives_the_same_gradients_of_activations_made_twice(
+    cfg, mesh, monkeypatch
+):
+    calls, attend = [], CausalContext.attend
+
+    def count(*args):
+        calls.append(1)
+        return attend(*args)
+
+    monkeypatch.setattr(CausalContext, "attend", count)
+    tokens, grads = random_ids(cfg, 2, 9), []
+    for checkpointing, num_calls in ((False, 2), (True, 4)):
+        net = random_net(cfg, dropout=0.1)
+        parallelize(net, mesh, torch.float32, checkpointing)
+        torch.manual_seed(0)
+        calls.clear()
+        net(tokens).square().sum().backward()
+        assert len(calls) == num_calls
+        grads.append([p.grad.full_tensor() for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    calls.clear()
+    with torch.no_grad():
+        net(tokens)
+    assert len(calls) == 2
+
+
+def test_unsharding_a_model_that_is_not_sharded_changes_nothing(net):
+    tokens = random_ids(net.cfg, 1, 6)
+    want = net(tokens)
+    with unsharded(net, mesh=None) as plain:
+        assert plain is net
+        assert torch.equal(plain(tokens), want)
+    assert torch.equal(net(tokens), want)
+    with pytest.raises(KeyError), unsharded(net, mesh=None):
+        raise KeyError
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_an_unsharded_model_is_plain_and_shares_the_gathered_weights(cfg, mesh, tie):
+    """None of FSDP's hooks run in it, dropout is off, and what was learned since is in it."""
+    net = random_net(replace(cfg, tie_embeddings=tie), dropout=0.5)
+    same = random_net(net.cfg).to(torch.bfloat16)
+    parallelize(net, mesh, torch.bfloat16)
+    net.train()
+    tokens = random_ids(cfg, 2, 7)
+    for _ in range(2):
+        with unsharded(net, mesh) as plain, torch.no_grad():
+            assert type(plain) is Llama and not plain.training
+            for module in plain.modules():
+                assert not isinstance(module, FSDPModule)
+                assert not module._forward_pre_hooks and not module._forward_hooks
+            assert (plain.lm_head.weight is plain.embed_tokens.weight) == tie
+            gathered = dict(net.named_parameters())
+            for name, p in plain.named_parameters():
+                assert p is gathered[name] and not isinstance(p, DTensor)
+            assert torch.equal(plain(tokens), same(tokens))
+        assert all(isinstance(p, DTensor) for p in net.parameters())
+        for one in (net, same):  # an update of both
+            with torch.no_grad():
+                one.layers[1].mlp.up_proj.weight.mul_(2)
+    net(tokens).sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in net.parameters())
+
+
+def test_an_error_in_an_unsharded_model_leaves_the_model_sharded(cfg, mesh):
+    net = random_net(cfg)
+    parallelize(net, mesh, torch.float32)
+    with pytest.raises(KeyError), unsharded(net, mesh):
+        raise KeyError
+    assert all(isinstance(p, DTensor) for p in net.parameters())
 
 
 @pytest.fixture(scope="module")
 def small70b(tok):
-    """70B's ratios: 8 query heads to a key head, 64 heads, ffn 1.3 * 8/3 dim rounded up to a multiple of dim/2."""
-    return random_net(ModelConfig(vocab_size=tok.size, dim=256, layers=3, heads=64, kv_heads=8, ffn=896))
+    """70B's ratios: 8 query heads to a key head, 64 heads."""
+    shape = {"dim": 256, "layers": 3, "heads": 64, "kv_heads": 8, "ffn": 896}
+    return random_net(ModelConfig(vocab_size=tok.size, **shape))
 
 
-@pytest.mark.parametrize("files", [1, 2, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_metas_files_load_bit_for_bit(small70b, tok, tmp_path, files, dtype):
-    def halve(part):
-        part.update({k: w.to(dtype) for k, w in part.items()})
-
-    folder = write_meta(tmp_path / "it", small70b, tok, files, change=halve)
-    back, _ = load(folder)
-    assert back.cfg == small70b.cfg
-    assert back.state_dict().keys() == small70b.state_dict().keys()
-    assert all(torch.equal(w, small70b.state_dict()[k].to(dtype).float()) for k, w in back.state_dict().items())
-
-
-@pytest.mark.parametrize("name, dim, multiple, multiplier", [("7b", 4096, 256, None), ("13b", 5120, 256, None), ("70b", 8192, 4096, 1.3)])  # fmt: skip  # noqa: E501
-def test_metas_params_give_the_named_sizes(tmp_path, name, dim, multiple, multiplier):
-    c = CONFIGS[name]
-    d = {"dim": dim, "multiple_of": multiple, "n_heads": c.heads, "n_layers": c.layers, "norm_eps": 1e-05}
-    d |= {"vocab_size": -1} | ({"ffn_dim_multiplier": multiplier, "n_kv_heads": 8} if multiplier else {})
-    (tmp_path / "params.json").write_text(json.dumps(d))
-    assert model_py.read_params(tmp_path, 32000) == c
-
-
-def test_loading_and_saving_again_gives_the_same_bytes(small70b, tok, tmp_path, monkeypatch):
-    monkeypatch.setattr(model_py, "SHARD_BYTES", 1_000_000)
-    for dtype in (torch.float32, torch.bfloat16):
-        net = load(write_meta(tmp_path / f"meta {dtype}", small70b, tok, 2))[0]
-        for source, target in ((None, "a"), ("a", "b")):
-            net, its_tok = load(tmp_path / source) if source else (net, tok)
-            save(net, its_tok, tmp_path / target, dtype)
-        a, b = ({f.name: f.read_bytes() for f in (tmp_path / x).iterdir()} for x in "ab")
-        assert a == b and len(a) > 8
-        shutil.rmtree(tmp_path / "a"), shutil.rmtree(tmp_path / "b")
-
-
-def script(text, *args):
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", text, *map(str, args)], env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-
-
-@pytest.mark.parametrize("processes, tp", [(2, 1), (2, 2), (4, 2)])
-def test_processes_load_and_save_their_shards_as_one_does_the_whole(cfg, small70b, tok, tmp_path, monkeypatch, processes, tp):  # fmt: skip  # noqa: E501
-    sources = [write_meta(tmp_path / "meta", small70b, tok, 8)]
-    for name, shape in (("odd", {"dim": 40, "ffn": 49 * tp, "layers": 3}), ("tied", {"tied": True})):
-        save(random_net(replace(cfg, **shape)), tok, tmp_path / name)
+@pytest.mark.parametrize("world_size, tp", [(2, 1), (2, 2), (4, 2)])
+def test_processes_load_and_save_their_shards_as_one_does_the_whole(
+    cfg, small70b, tok, tmp_path, monkeypatch, world_size, tp
+):
+    odd = random_net(replace(cfg, dim=40, ffn=49 * tp, layers=3))
+    tied = random_net(replace(cfg, tie_embeddings=True))
+    sources = []
+    for name, net in (("small70b", small70b), ("odd", odd), ("tied", tied)):
+        save(net, tok, tmp_path / name)
         sources.append(tmp_path / name)
-    codes = tiny.together(tiny.check_shards, [(rank, processes, tp, tmp_path, sources) for rank in range(processes)])
-    assert codes == [0] * processes
-    monkeypatch.setattr(model_py, "SHARD_BYTES", 500_000)
+    arguments = [(rank, world_size, tp, tmp_path, sources) for rank in range(world_size)]
+    assert tiny.together(tiny.check_shards, arguments) == [0] * world_size
+    monkeypatch.setattr(model_py, "SHARD_BYTES", 500_000)  # as check_shards has it
     for number, source in enumerate(sources):
-        save(*load(source), tmp_path / "one", torch.bfloat16)
-        one, ours = (
-            {f.name: f.read_bytes() for f in x.iterdir()} for x in (tmp_path / "one", tmp_path / f"saved{number}")
-        )
-        assert one == ours
-        shutil.rmtree(tmp_path / "one")
+        one = tmp_path / f"one{number}"
+        save(*load(source), one)
+        assert read_files(one) == read_files(tmp_path / f"saved{number}")
 
+
+def decode_and_train(rank: int, folder: Path, cfg: ModelConfig):
+    """One of two processes that shard a model: one decodes more tokens than the other, and then
+    they take a step together."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", 2)
+    limit = timedelta(seconds=60)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=limit)
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))
+    net = random_net(cfg)
+    parallelize(net, mesh, torch.float32)
+    with unsharded(net, mesh) as plain:
+        ids = greedy(plain, [1], 4 + 9 * rank)
+    assert ids == greedy(random_net(cfg), [1], 4 + 9 * rank)
+    net(torch.tensor([ids[:4]])).sum().backward()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_processes_that_decode_texts_of_different_lengths_do_not_wait_for_each_other(
+    cfg, tmp_path
+):
+    arguments = [(rank, tmp_path, cfg) for rank in range(2)]
+    assert tiny.together(decode_and_train, arguments, timeout=60) == [0, 0]
+
+
+INDIVISIBLE = {  # by 3: what is other in the shape, what the message must name
+    "heads": ({}, "4 heads"),
+    "key/value heads": ({"heads": 3, "kv_heads": 1}, "1 key/value heads"),
+    "ffn": ({"heads": 3, "kv_heads": 3, "ffn": 100}, "100 hidden units"),
+    "vocabulary": ({"heads": 3, "kv_heads": 3, "vocab_size": 421}, "421 tokens"),
+}
+
+
+@pytest.mark.parametrize("case", INDIVISIBLE)
+def test_a_model_that_cannot_be_divided_among_processes_is_refused_by_the_number(cfg, case):
+    shape, words = INDIVISIBLE[case]
+    cfg = replace(cfg, **{"vocab_size": 420} | shape)
+    with pytest.raises(UserError, match=f"base: {re.escape(words)}.* 3 processes.*--tp"):
+        check_tp(cfg, 3, "base")
+    check_tp(cfg, 1, "base")
+
+
+# ---- memory ----------------------------------------------------------------------------------
 
 PEAK = """
 import os, sys
 from pathlib import Path
 import torch
 import model
-small, hf, meta, out = sys.argv[1:]
-model.SHARD_BYTES = 50_000_000
+small, big, out, shard_bytes = sys.argv[1:]
+torch.set_num_threads(1)
+model.SHARD_BYTES = int(shard_bytes)
 
 def status(key):
     return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
 
-def peak(work):
+def print_peak(work):
     if os.fork() == 0:
-        model.save(*model.load(small), out + "/small")  # a child has no pages of the libraries until it uses them
+        # a child has no pages of the libraries until it uses them
+        model.save(*model.load(small), out + "/small")
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before = status("VmRSS")
         work()
@@ -713,261 +749,262 @@ def peak(work):
     assert os.wait()[1] == 0
 
 model.save(*model.load(small), out + "/small")
-for folder in (hf, meta):
-    peak(lambda: model.load(folder))
-net, tok = model.load(hf)
-for dtype in (torch.float32, torch.bfloat16):
-    peak(lambda: model.save(net, tok, out + "/big", dtype))
+print_peak(lambda: model.load(big))
+net, tok = model.load(big)
+print_peak(lambda: model.save(net, tok, out + "/big"))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure memory")
-def test_loading_and_saving_need_little_more_memory_than_the_model(net, tok, tmp_path):
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure memory"
+)
+def test_loading_needs_the_model_and_a_file_of_it_and_saving_a_file(
+    net, tok, tmp_path, monkeypatch
+):
+    file_bytes = 20_000_000
+    monkeypatch.setattr(model_py, "SHARD_BYTES", file_bytes)
     shape = {"dim": 512, "layers": 8, "heads": 8, "kv_heads": 8, "ffn": 1408}
     big = random_net(ModelConfig(vocab_size=tok.size, **shape))
-    save(big, tok, tmp_path / "hf")
-    write_meta(tmp_path / "meta", big, tok, 1, {"ffn_dim_multiplier": None})
     save(net, tok, tmp_path / "small")
-    worker = script(PEAK, *(tmp_path / name for name in ("small", "hf", "meta", "out")))
-    out, err = worker.communicate(timeout=120)
-    assert worker.returncode == 0, err
-    size = sum(p.numel() * 4 for p in big.parameters()) / 1024
-    load_hf, load_meta, save32, save16 = (int(line) / size for line in out.split())
-    assert 0.9 < load_hf < 1.15
-    assert 0.9 < load_meta < 1 + 1 / 8 + 0.1  # Meta's files are mapped, a block at a time
-    assert max(save32, save16) < 0.15
+    save(big, tok, tmp_path / "big")
+    folders = [str(tmp_path / name) for name in ("small", "big", "out")]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    argv = [sys.executable, "-c", PEAK, *folders, str(file_bytes)]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    load_peak, save_peak = (int(line) * 1024 for line in done.stdout.split())
+    model_bytes = sum(p.nbytes for p in big.parameters())
+    assert model_bytes > 5 * file_bytes
+    assert 0.9 * model_bytes < load_peak < model_bytes + 1.3 * file_bytes
+    assert save_peak < 1.3 * file_bytes
 
 
-# ---- what others read
+# ---- what others read ------------------------------------------------------------------------
 
-
-WORDS = [
-    *(
-        "Hello",
-        " world",
-        "  ",
-        "\n",
-        "\n\n",
-        "\t",
-        "é",
-        "日本語",
-        "😀",
-        "👩\u200d🚀",
-        "0x1F",
-        "3.14",
-        "Straße",
-        "عربى",
-        "a",
-        ".",
-    ),
-    *("<s>", "</s>", "<unk>", "<0x0A>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "s>", "<", "<|im_end|>", "\ufdd0"),
-    *("{{ x }}", "{% if %}", "'", '"', "\\n", "\x00", "\u3000", "\x85", "\u2028", "code();", "▁"),
+PLAIN_WORDS = [
+    "Hello",
+    " world",
+    "  ",
+    "\n",
+    "\n\n",
+    "\t",
+    "é",
+    "日本語",
+    "😀",
+    "👩\u200d🚀",
+    "a",
+    ".",
 ]
+PLAIN_WORDS += ["0x1F", "3.14", "Straße", "عربى", "\u3000", "\x85", "\u2028", "code();", "\x00"]
+CONTROL_WORDS = ["<s>", "</s>", "<unk>", "<0x0A>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"]
+CONTROL_WORDS += ["s>", "<", "<|im_end|>", "\ufdd0", "{{ x }}", "{% if %}", "'", '"', "\\n"]
 
 
-@pytest.mark.parametrize("which", ["Llama 2's", "small", "stories'"])
-def test_autotokenizer_gives_our_ids_of_two_hundred_chats(which, tok, net, shared, tmp_path):
-    if which != "small":
-        folder = shared / ("tokenizer" if which == "Llama 2's" else "stories260K/hf")
-        tok = Tokenizer(folder / "tokenizer.model")
-    save(random_net(replace(net.cfg, vocab_size=tok.size, layers=1)), tok, tmp_path / "it", torch.bfloat16)
+@pytest.fixture(params=["Llama 2's", "small", "stories'"])
+def any_tok(request, tok):
+    """A tokenizer, and words to write with it."""
+    words = PLAIN_WORDS + CONTROL_WORDS
+    if request.param == "small":
+        return tok, words + ["▁"]
+    shared = request.getfixturevalue("shared")
+    if request.param == "stories'":  # there ▁ is a space, which it drops
+        return Tokenizer(shared / "stories260K" / "hf" / "tokenizer.model"), words
+    return Tokenizer(shared / "tokenizer" / "tokenizer.model"), words + ["▁"]
+
+
+def test_autotokenizer_gives_our_ids_of_two_hundred_chats(any_tok, cfg, tmp_path):
+    tok, words = any_tok
+    save(random_net(replace(cfg, vocab_size=tok.size, layers=1)), tok, tmp_path / "it")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "it")
-    assert (len(theirs), theirs.bos_token_id, theirs.eos_token_id) == (tok.size, tok.bos, tok.eos)
-    rng, words = random.Random(0), WORDS[: -1 if which == "stories'" else None]  # ▁ is a space there, which it drops
+    ids = (theirs.bos_token_id, theirs.eos_token_id)
+    assert (len(theirs), theirs.model_max_length) == (tok.size, cfg.max_len)
+    assert ids == (tok.bos, tok.eos)
+
+    def their_ids(messages):
+        return theirs.apply_chat_template(messages)["input_ids"]
+
+    rng = random.Random(0)
     for number in range(200):
-        turns = ["".join(rng.choices(words, k=rng.randint(0, 12))) for _ in range(rng.choice([1, 1, 3, 5]))]
-        messages = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(turns)]
-        system = [{"role": "system", "content": ""}] * (number % 2)
-        assert theirs.apply_chat_template(system + messages)["input_ids"] == tok.chat(*turns), turns
-        answered = [*messages, {"role": "assistant", "content": "So </s> it is."}]
-        assert theirs.apply_chat_template(answered)["input_ids"] == tok.chat(*turns) + tok.response("So </s> it is.")
-        plain = turns[0].replace("<s>", "").replace("</s>", "").replace("<unk>", "")
-        assert theirs.encode(plain) == tok.raw(plain)
+        num_turns = rng.choice([1, 1, 3, 5])
+        turns = ["".join(rng.choices(words, k=rng.randint(0, 12))) for _ in range(num_turns)]
+        roles = ["user", "assistant"] * 3
+        messages = [
+            {"role": role, "content": text} for role, text in zip(roles, turns, strict=False)
+        ]
+        empty_system = [{"role": "system", "content": ""}] * (number % 2)
+        assert their_ids(empty_system + messages) == tok.chat(*turns), turns
+        messages.append({"role": "assistant", "content": "So </s> it is."})
+        assert their_ids(messages) == tok.chat(*turns) + tok.response("So </s> it is."), turns
+        plain = turns[0]
+        while re.search("<s>|</s>|<unk>", plain):  # to leave one out may make one
+            plain = re.sub("<s>|</s>|<unk>", "", plain)
+        assert theirs.encode(plain) == tok.encode_with_bos(plain)
         assert theirs.decode(tok.encode(plain)) == tok.decode(tok.encode(plain))
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
-    assert theirs.apply_chat_template(messages)["input_ids"] == tok.chat("<<SYS>>\nBe kind.\n<</SYS>>\n\nHi")
+    assert their_ids(messages) == tok.chat("<<SYS>>\nBe kind.\n<</SYS>>\n\nHi")
     with pytest.raises(Exception, match="user, assistant"):
-        theirs.apply_chat_template([{"role": "user", "content": "a"}] * 2)
+        their_ids([{"role": "user", "content": "a"}] * 2)
 
 
 def test_transformers_generates_from_our_folder_until_our_end_of_sequence(net, tok, tmp_path):
     save(net, tok, tmp_path / "it")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "it")
-    assert (theirs.generation_config.bos_token_id, theirs.generation_config.eos_token_id) == (tok.bos, tok.eos)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "it").generation_config
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (tok.bos, tok.eos)
+    written = json.loads((tmp_path / "it" / "generation_config.json").read_text())
+    assert written.keys() == {"bos_token_id", "eos_token_id"}, "no settings but those of a run"
 
 
-# ---- checkpoints that are bad
+def test_transformers_samples_with_the_settings_that_a_model_was_trained_with(net, tok, tmp_path):
+    save(net, tok, tmp_path / "it", {"temperature": 0.65, "top_p": 0.85})
+    theirs = GenerationConfig.from_pretrained(tmp_path / "it")
+    assert (theirs.do_sample, theirs.temperature, theirs.top_p) == (True, 0.65, 0.85)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (tok.bos, tok.eos)
+
+
+# ---- model folders that are bad --------------------------------------------------------------
 
 
 def remove(name):
     return lambda tensors: tensors.pop(name)
 
 
-def put(name, shape):
-    return lambda tensors: tensors.__setitem__(name, torch.zeros(shape))
+def put(name, *shape):
+    return lambda tensors: tensors.update({name: torch.zeros(shape)})
 
 
 def edit(name, make):
     return lambda folder: (folder / name).write_bytes(make((folder / name).read_bytes()))
 
 
+def unlink(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def drop_a_shard(folder):
+    """Two files, of which the second is not there."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model-00001-of-00002.safetensors")
+
+
+def add_a_copy(folder):
+    """A second file that has the same names and other values: which are meant?"""
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: t + 1 for name, t in tensors.items()}, folder / "old.safetensors")
+
+
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 499723\n"
 HTML = b"<!DOCTYPE html>\n<html><title>404</title></html>\n"
-BAD = {
-    # name: (config.json, tensors, folder, what the message must name)
-    "no config": ({}, None, lambda f: (f / "config.json").unlink(), ["config.json"]),
-    "broken json": ({}, None, edit("config.json", lambda b: b[: len(b) // 2]), ["config.json"]),
-    "config not utf-8": ({}, None, edit("config.json", lambda b: b"\xff\xfe" + b), ["config.json"]),
-    "config is a list": ({}, None, edit("config.json", lambda b: b"[]"), ["config.json"]),
-    "mistral": ({"model_type": "mistral"}, None, None, ["config.json", "mistral"]),
-    "no model_type": ({"model_type": "remove"}, None, None, ["config.json", "model_type"]),
-    "scaled rope": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, None, None, ["config.json", "llama3"]),
-    "old scaled rope": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, None, None, ["config.json", "linear"]),
-    "attention bias": ({"attention_bias": True}, None, None, ["config.json", "attention_bias"]),
-    "gelu": ({"hidden_act": "gelu"}, None, None, ["config.json", "gelu"]),
-    "no hidden_size": ({"hidden_size": "remove"}, None, None, ["config.json", "hidden_size"]),
-    "null hidden_size": ({"hidden_size": None}, None, None, ["config.json"]),
-    "no heads at all": ({"num_attention_heads": 0}, None, None, ["config.json"]),
-    "null context": ({"max_position_embeddings": None}, None, None, ["config.json"]),
-    "other head_dim": ({"head_dim": 16}, None, None, ["config.json", "head_dim"]),
-    "odd kv heads": ({"num_key_value_heads": 3}, None, None, ["config.json", "heads"]),
-    "missing weight": ({}, remove("model.layers.1.mlp.up_proj.weight"), None, ["model.layers.1.mlp.up_proj.weight"]),
-    "no head": ({}, remove("lm_head.weight"), None, ["lm_head.weight"]),
-    "extra weight": ({}, put("model.layers.0.self_attn.q_proj.bias", 32), None, ["self_attn.q_proj.bias"]),
-    "one layer more": ({"num_hidden_layers": 1}, None, None, ["model.layers.1"]),
-    "wrong shape": ({}, put("model.norm.weight", 31), None, ["model.safetensors", "model.norm.weight", "31", "32"]),
-    "wrong width": ({"intermediate_size": 64}, None, None, ["model.safetensors", "48", "64"]),
-    "truncated": ({}, None, edit("model.safetensors", lambda b: b[: len(b) // 2]), ["model.safetensors"]),
-    "empty weights": ({}, None, edit("model.safetensors", lambda b: b""), ["model.safetensors"]),
-    "LFS pointer": ({}, None, edit("model.safetensors", lambda b: POINTER), ["model.safetensors", "LFS"]),
-    "html weights": ({}, None, edit("model.safetensors", lambda b: HTML), ["model.safetensors"]),
-    "no weights": ({}, None, lambda f: (f / "model.safetensors").unlink(), ["model.safetensors"]),
-    "missing shard": ({}, None, lambda f: (f / model_py.SHARD_INDEX).write_text(
-        '{"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}'), ["model-00002-of-00002"]),
-    "index without map": ({}, None, lambda f: (f / model_py.SHARD_INDEX).write_text("{}"), [model_py.SHARD_INDEX]),
-    "broken index": ({}, None, lambda f: (f / model_py.SHARD_INDEX).write_text('{"we'), [model_py.SHARD_INDEX]),
-    "no tokenizer": ({}, None, lambda f: (f / "tokenizer.model").unlink(), ["tokenizer.model"]),
-    "html tokenizer": ({}, None, edit("tokenizer.model", lambda b: HTML), ["tokenizer.model"]),
-    "empty tokenizer": ({}, None, edit("tokenizer.model", lambda b: b""), ["tokenizer.model"]),
-    "LFS tokenizer": ({}, None, edit("tokenizer.model", lambda b: POINTER), ["tokenizer.model"]),
-    "cut tokenizer": ({}, None, edit("tokenizer.model", lambda b: b[:999]), ["tokenizer.model"]),
-    "other tokenizer": ({"vocab_size": 321}, None, None, ["tokenizer.model", "320", "321"]),
-}  # fmt: skip
+UP_PROJ = "model.layers.1.mlp.up_proj.weight"
+
+BAD_CONFIGS = {  # what is other in config.json, what the message must name beside it
+    "mistral": ({"model_type": "mistral"}, ["mistral"]),
+    "no model_type": ({"model_type": "remove"}, ["model_type"]),
+    "scaled rope": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["llama3"]),
+    "old scaled rope": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["linear"]),
+    "attention bias": ({"attention_bias": True}, ["attention_bias"]),
+    "mlp bias": ({"mlp_bias": True}, ["mlp_bias"]),
+    "gelu": ({"hidden_act": "gelu"}, ["gelu"]),
+    "no hidden_size": ({"hidden_size": "remove"}, ["hidden_size"]),
+    "null hidden_size": ({"hidden_size": None}, ["size"]),
+    "no heads at all": ({"num_attention_heads": 0}, ["size"]),
+    "null context": ({"max_position_embeddings": None}, ["max_position_embeddings"]),
+    "a word": ({"vocab_size": "many"}, ["size"]),
+    "half a layer": ({"num_hidden_layers": 1.5}, ["num_hidden_layers"]),
+    "rope of a word": ({"rope_theta": "x"}, ["size"]),
+    "rope that is no object": ({"rope_parameters": "x"}, ["rope type"]),
+    "other head_dim": ({"head_dim": 16}, ["head_dim"]),
+    "odd key/value heads": ({"num_key_value_heads": 3}, ["heads"]),
+}
+BAD_TENSORS = {  # change of the tensors, what the message must name
+    "missing weight": (remove(UP_PROJ), [UP_PROJ]),
+    "no head": (remove("lm_head.weight"), ["lm_head.weight"]),
+    "extra weight": (put("model.layers.0.self_attn.q_proj.bias", 32), ["self_attn.q_proj.bias"]),
+    "one layer more": (put("model.layers.2.mlp.up_proj.weight", 48, 32), ["model.layers.2.mlp"]),
+    "wrong shape": (put("model.norm.weight", 31), ["model.norm.weight", "(31,)", "(32,)"]),
+    "transposed": (put(UP_PROJ, 32, 48), [UP_PROJ, "(32, 48)", "(48, 32)"]),
+}
+BAD_FILES = {  # damage to the folder, what the message must name
+    "no config": (unlink("config.json"), ["config.json", "not found"]),
+    "broken json": (edit("config.json", lambda b: b[: len(b) // 2]), ["config.json", "JSON"]),
+    "config not utf-8": (edit("config.json", lambda b: b"\xff\xfe" + b), ["config.json", "UTF-8"]),
+    "config is a list": (edit("config.json", lambda b: b"[]"), ["config.json", "object"]),
+    "truncated": (
+        edit("model.safetensors", lambda b: b[: len(b) // 2]),
+        ["model.safetensors", "cut short"],
+    ),
+    "empty weights": (edit("model.safetensors", lambda b: b""), ["model.safetensors", "empty"]),
+    "LFS pointer": (edit("model.safetensors", lambda b: POINTER), ["model.safetensors", "LFS"]),
+    "html weights": (edit("model.safetensors", lambda b: HTML), ["model.safetensors", "web page"]),
+    "no weights": (unlink("model.safetensors"), ["weights", "whole"]),
+    "missing shard": (drop_a_shard, ["lm_head.weight"]),
+    "two copies": (add_a_copy, ["model.safetensors", "old.safetensors"]),
+    "no tokenizer": (unlink("tokenizer.model"), ["tokenizer.model", "not found"]),
+    "html tokenizer": (edit("tokenizer.model", lambda b: HTML), ["tokenizer.model", "web page"]),
+    "empty tokenizer": (edit("tokenizer.model", lambda b: b""), ["tokenizer.model", "empty"]),
+    "LFS tokenizer": (edit("tokenizer.model", lambda b: POINTER), ["tokenizer.model", "LFS"]),
+    "cut tokenizer": (edit("tokenizer.model", lambda b: b[:999]), ["tokenizer.model", "short"]),
+}
 
 
-META_BAD = {
-    # name: (params.json, change of every file, folder, what the message must name); two files unless more are asked for
-    "html weights": ({}, None, edit("consolidated.00.pth", lambda b: HTML), ["consolidated.00.pth", "web page"]),
-    "LFS pointer": ({}, None, edit("consolidated.01.pth", lambda b: POINTER), ["consolidated.01.pth", "LFS"]),
-    "empty": ({}, None, edit("consolidated.00.pth", lambda b: b""), ["consolidated.00.pth", "empty"]),
-    "truncated": ({}, None, edit("consolidated.01.pth", lambda b: b[: len(b) // 2]), ["consolidated.01.pth", "short"]),
-    "not a dict": ({}, None, lambda f: torch.save([1], f / "consolidated.00.pth"), ["consolidated.00.pth"]),
-    "not tensors": ({}, None, lambda f: torch.save({"a": 1}, f / "consolidated.00.pth"), ["consolidated.00.pth"]),
-    "code": ({}, None, lambda f: torch.save({"a": os.system}, f / "consolidated.00.pth"), ["consolidated.00.pth"]),
-    "no first file": ({}, None, lambda f: (f / "consolidated.00.pth").unlink(), ["consolidated.00.pth", "not found"]),
-    "no last file": ({}, None, lambda f: (f / "consolidated.01.pth").unlink(), ["consolidated.01.pth", "not found"]),
-    "no files": ({}, None, lambda f: [p.unlink() for p in f.glob("*.pth")], ["consolidated.00.pth", "not found"]),
-    "one file too many": ({}, None, lambda f: shutil.copy(f / "consolidated.01.pth", f / "consolidated.02.pth"),
-                          ["consolidated.00.pth", "shape"]),
-    "embedding cut as Llama 3's": ({}, put("tok_embeddings.weight", (160, 256)), None,
-                                   ["consolidated.00.pth", "tok_embeddings.weight", "(160, 256)", "(320, 128)"]),
-    "output cut by columns": ({}, put("output.weight", (320, 128)), None, ["consolidated.00.pth", "output.weight"]),
-    "wo cut by rows": ({}, put("layers.1.attention.wo.weight", (128, 256)), None, ["layers.1.attention.wo.weight"]),
-    "not cut": ({}, put("layers.1.attention.wq.weight", (256, 256)), None, ["layers.1.attention.wq.weight"]),
-    "missing weight": ({}, remove("layers.2.feed_forward.w3.weight"), None, ["model.layers.2.mlp.up_proj.weight"]),
-    "extra weight": ({}, put("layers.0.lora.weight", (1, 1)), None, ["layers.0.lora.weight"]),
-    "no params": ({}, None, lambda f: (f / "params.json").unlink(), ["params.json", "not found"]),
-    "html params": ({}, None, edit("params.json", lambda b: HTML), ["params.json", "JSON"]),
-    "no dim": ({"dim": "remove"}, None, None, ["params.json", "dim"]),
-    "dim a word": ({"dim": "256"}, None, None, ["params.json"]),
-    "no layers": ({"n_layers": 0}, None, None, ["params.json"]),
-    "other width": ({"multiple_of": 512}, None, None, ["feed_forward.w1.weight", "448", "512"]),
-    "Llama 3's rope": ({"use_scaled_rope": True}, None, None, ["params.json", "use_scaled_rope"]),
-    "other vocabulary": ({"vocab_size": 32000}, None, None, ["tokenizer.model", "320", "32000"]),
-    "no tokenizer": ({}, None, lambda f: (f / "tokenizer.model").unlink(), ["tokenizer.model"]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", META_BAD)
-def test_a_bad_folder_of_metas_is_refused_by_one_line_that_names_the_file(small70b, tok, tmp_path, case):
-    params, change, damage, names = META_BAD[case]
-    folder = write_meta(tmp_path / "it", small70b, tok, 2, params, change)
-    if damage:
-        damage(folder)
-    with pytest.raises(BadInput) as e:
-        load(folder)
-    assert "\n" not in str(e.value)
-    assert all(name in str(e.value) for name in [str(folder), *names]), str(e.value)
-
-
-@pytest.mark.parametrize("number", [0, 3, 7])
-def test_of_eight_consolidated_files_the_missing_one_is_named(small70b, tok, tmp_path, number):
-    folder = write_meta(tmp_path / "it", small70b, tok, 8)
-    (folder / f"consolidated.{number:02}.pth").unlink()
-    with pytest.raises(BadInput, match=rf"consolidated.{number:02}.pth: not found"):
-        load(folder)
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_a_bad_checkpoint_is_refused_by_one_line_that_names_the_file(net, tok, tmp_path, case):
-    config, change, damage, names = BAD[case]
-    folder = write_checkpoint(tmp_path / "it", net, tok, config, change)
-    if damage:
-        damage(folder)
-    with pytest.raises(BadInput) as e:
+def refusal(folder) -> str:
+    """The one line in which the folder is refused, before any weight is read."""
+    with pytest.raises(UserError) as e:
         load(folder)
     message = str(e.value)
-    assert "\n" not in message
-    assert str(folder) in message
-    for name in names:
-        assert name in message
+    assert "\n" not in message and str(folder) in message
+    return message
 
 
-def test_the_hand_made_checkpoint_is_good_when_nothing_is_changed(net, tok, tmp_path):
-    assert equal_weights(load(write_checkpoint(tmp_path / "it", net, tok))[0], net)
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_a_bad_config_is_refused_by_one_line_that_names_it(net, tok, tmp_path, case):
+    config, words = BAD_CONFIGS[case]
+    message = refusal(write_folder(tmp_path / "it", net, tok, config))
+    assert all(word in message for word in ["config.json", *words]), message
+
+
+@pytest.mark.parametrize("case", BAD_TENSORS)
+def test_bad_tensors_are_refused_by_one_line_that_names_them(net, tok, tmp_path, case):
+    change, words = BAD_TENSORS[case]
+    message = refusal(write_folder(tmp_path / "it", net, tok, change=change))
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_file_is_refused_by_one_line_that_names_it(net, tok, tmp_path, case):
+    damage, words = BAD_FILES[case]
+    folder = write_folder(tmp_path / "it", net, tok)
+    damage(folder)
+    message = refusal(folder)
+    assert all(word in message for word in words), message
+
+
+def test_a_config_that_does_not_belong_to_the_weights_is_refused(net, tok, tmp_path):
+    message = refusal(write_folder(tmp_path / "a", net, tok, {"intermediate_size": 64}))
+    assert "(48, 32)" in message and "(64, 32)" in message
+    message = refusal(write_folder(tmp_path / "b", net, tok, {"num_hidden_layers": 1}))
+    assert "model.layers.1" in message
+
+
+def test_a_tokenizer_that_does_not_belong_to_the_model_is_refused(net, tok, tmp_path):
+    message = refusal(write_folder(tmp_path / "it", net, tok, {"vocab_size": 321}))
+    assert all(word in message for word in ("tokenizer.model", "320", "321")), message
+
+
+def test_nothing_of_a_refused_model_is_read(net, tok, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_py.dcp, "load", lambda *_, **__: pytest.fail("read weights"))
+    refusal(write_folder(tmp_path / "it", net, tok, change=put("model.norm.weight", 31)))
+
+
+def test_metas_own_files_are_refused_with_the_command_that_converts_them(net, tok, tmp_path):
+    folder = write_folder(tmp_path / "llama-2-7b", net, tok)
+    (folder / "config.json").rename(folder / "params.json")
+    (folder / "model.safetensors").rename(folder / "consolidated.00.pth")
+    assert f"python -m scripts.convert_meta {folder} OUT" in refusal(folder)
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(BadInput, match=re.escape(str(tmp_path / "gone"))):
-        load(tmp_path / "gone")
+    assert "no such folder" in refusal(tmp_path / "gone")
     (tmp_path / "file").write_text("")
-    with pytest.raises(BadInput, match="no such folder"):
-        load(tmp_path / "file")
-
-
-def test_gathering_a_model_that_is_not_sharded_changes_nothing(net):
-    tokens = ids(net.cfg, 1, 6)
-    want = net(tokens)
-    with gathered(net) as inside:
-        assert inside is net
-        assert torch.equal(net(tokens), want)
-    assert torch.equal(net(tokens), want)
-    with pytest.raises(ZeroDivisionError), gathered(net):
-        1 / 0  # noqa: B018
-
-
-def test_the_memory_bench_finds_the_parts_that_can_be_counted_by_hand(tmp_path):
-    """The toy on four fake processes, each with half of half of every matrix and half of the norms."""
-    argv = ["--config", "toy", "--gpus", "4", "--tp", "2", "--rows", "2", "--length", "128", "--json"]
-    cases = [argv + [str(tmp_path / name), "--cases", *rest]
-             for name, *rest in (("plain", "sft,sample"), ("recompute", "sft", "--recompute"))]  # fmt: skip
-    assert tiny.together(bench_memory.main, [(case,) for case in cases]) == [0, 0]
-    rows = {r["case"]: r["bytes"] for r in json.loads((tmp_path / "plain").read_text())}
-    matrices = 2 * 1024 * 160 + 4 * (160 * 160 * 2 + 80 * 160 * 2 + 3 * 160 * 432)
-    held = matrices // 4 + 9 * 160 // 2
-    for case in rows.values():
-        assert case["weights"] == 4 * held and sum(case.values()) == 2 * case["total"], case
-    assert rows["sft"]["optimizer"] == pytest.approx(2 * 4 * held, rel=1e-3)
-    assert rows["sft"].get("gradients", 0) <= 4 * held
-    assert rows["sample"]["gathered"] == 2 * (matrices // 2 + 9 * 160)
-    assert rows["sample"]["kv cache"] == 2 * 4 * 2 * 128 * 1 * 40 * 2  # k and v, layers, rows, tokens, head, hd, bf16
-    assert rows["sample"]["activations"] >= 0
-    (less,) = json.loads((tmp_path / "recompute").read_text())
-    assert less["bytes"]["activations"] < 0.7 * rows["sft"]["activations"]
-
-
-def test_a_saved_checkpoint_can_be_read_by_whoever_may_read_the_users_other_files(net, tok, tmp_path):
-    save(net, tok, tmp_path / "out")
-    (tmp_path / "plain").write_text("")
-    modes = {p.stat().st_mode for p in [tmp_path / "plain", *(tmp_path / "out").iterdir()]}
-    assert len(modes) == 1
+    assert "no such folder" in refusal(tmp_path / "file")

@@ -1,12 +1,17 @@
-"""sample.py: one decoder in all its disguises, the sampler against exact distributions, the prompt filter, the chat."""
+"""sample.py: the engine against a plain loop without a cache, the sampler against explicit
+distributions, the filter of new prompts, rows, the chat."""
 
+import io
 import json
+import os
 import random
 import re
-import subprocess
+import runpy
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,533 +19,1079 @@ from conftest import ROOT, random_net
 from scipy import stats
 
 import sample
-from model import BadInput, load
+from model import ModelConfig, UserError, load, save
 from sample import (
-    TRIES,
-    answer,
-    as_file,
+    KeyValues,
+    KVCache,
+    Scheduler,
+    common_prefix,
     generate,
-    pick,
+    generate_stream,
+    load_for_sampling,
+    prefill,
+    print_response,
     propose,
-    read_questions,
+    read_jsonl,
     respond,
     rouge_l,
-    say,
-    stream,
-    unfit,
+    run_command,
+    sample_from_cdf,
+    sample_token,
+    sampling_settings,
+    top_p_filter,
     uniforms,
+    why_unfit,
+    words,
 )
+
+VOCABULARY = 97
+SHAPES = {
+    "grouped": {"heads": 4, "kv_heads": 2},
+    "multi-head, tied": {"heads": 4, "kv_heads": 4, "tie_embeddings": True},
+    "one key head": {"heads": 4, "kv_heads": 1},
+}
 
 
 @pytest.fixture(scope="module")
-def lists(tok):
-    """Ragged prompts: with a common beginning, without one, one a prefix of another, two equal, a single token."""
+def nets():
+    """Random models of all kinds of attention."""
+    base = ModelConfig(vocab_size=VOCABULARY, dim=32, layers=2, ffn=48, max_len=256)
+    models = {}
+    for seed, (name, shape) in enumerate(SHAPES.items()):
+        models[name] = random_net(replace(base, **shape), seed).eval()
+    return models
+
+
+@pytest.fixture(scope="module")
+def prompt_lists(tok):
+    """Ragged prompts: with a common beginning, without one, one a prefix of another, two equal,
+    a single token."""
     common = tok.chat("Where does the otter live?")
+    tails = ("The", "The otter lives in", "rivers and", "x", "")
+    alone = [tok.encode("fox is red"), [tok.bos], tok.chat("Compare the bear with the seal.")]
     return {
-        "common": [common + tok.encode(t) for t in ("The", "The otter lives in", "rivers and", "x", "")],
-        "none": [tok.encode("fox is red"), [tok.bos], tok.chat("Compare the bear with the seal."), [tok.bos, 7]],
+        "common": [common + tok.encode(tail) for tail in tails],
+        "none": [*alone, [tok.bos, 7]],
         "nested": [common[:3], common[:3], common, common[:5] + common],
     }
 
 
-def plain_loop(net, prompt, u, stop, max_new, temperature, top_p):
-    """The slow truth: a full forward pass without a cache for every token."""
-    out = []
+@contextmanager
+def shapes_read(net):
+    """The shapes (texts, tokens) of what goes through the model meanwhile."""
+    shapes = []
+    hook = net.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+    try:
+        yield shapes
+    finally:
+        hook.remove()
+
+
+def num_read(shapes) -> int:
+    return sum(rows * length for rows, length in shapes)
+
+
+def random_ids(rng: random.Random, length: int) -> list[int]:
+    return [rng.randrange(VOCABULARY) for _ in range(length)]
+
+
+def plain_loop(net, prompt, u, *, stop, temperature, top_p):
+    """The slow truth: one text, the whole model anew for every token, nothing remembered."""
+    ids = []
+    for number in u.split(1):
+        with torch.no_grad():
+            logits = net(torch.tensor([prompt + ids]))[:, -1]
+        ids.append(sample_token(logits, number, temperature, top_p).item())
+        if ids[-1] in stop:
+            break
+    return ids
+
+
+def one_by_one(net, prompts, keys, *, n, max_new, **settings):
+    """What `generate` should return, by the plain loop."""
+    samples = []
+    for prompt, key in zip(prompts, keys, strict=True):
+        numbers = [uniforms((*key, k), max_new) for k in range(n)]
+        samples.append([plain_loop(net, prompt, u, **settings) for u in numbers])
+    return samples
+
+
+def lengths_of(samples) -> Counter:
+    return Counter(len(ids) for id_lists in samples for ids in id_lists)
+
+
+# ---- the engine and the plain loop -----------------------------------------------------------
+
+WAYS_TO_DRAW = [(0, 0.9), (1.0, 1.0), (0.7, 0.9)]  # temperature, top-p
+
+
+@pytest.mark.parametrize("n", [1, 3, 4])
+@pytest.mark.parametrize("prefix_length", [0, 5, 24], ids=["no prefix", "short", "held once"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cached_batched_decoding_equals_the_plain_loop(nets, shape, prefix_length, n):
+    """Over ragged random prompts and stop tokens; a batch holds fewer prompts than there are, all
+    of them, or more."""
+    net, rng = nets[shape], random.Random(f"{shape} {prefix_length} {n}")
+    lengths = Counter()
+    for temperature, top_p in WAYS_TO_DRAW:
+        prefix = random_ids(rng, prefix_length)
+        count = rng.randint(3, 6)
+        prompts = [prefix + random_ids(rng, rng.choice([1, 2, 7, 30])) for _ in range(count)]
+        prompts.append(prompts[0])
+        keys = [(shape, i) for i in range(len(prompts))]
+        settings = {"temperature": temperature, "top_p": top_p, "n": n}
+        settings["stop"] = rng.sample(range(VOCABULARY), 20)
+        settings["max_new"] = rng.choice([6, 11])
+        expected = one_by_one(net, prompts, keys, **settings)
+        for batch in (1, 2 * n, len(prompts) * n, 1000):
+            assert generate(net, prompts, keys, batch=batch, **settings) == expected
+        lengths += lengths_of(expected)
+    assert len(lengths) > 3, "samples should end at different steps"
+
+
+@pytest.mark.parametrize("temperature, top_p", [(0, 0.9), (0.9, 0.95)])
+@pytest.mark.parametrize("kind", ["common", "none", "nested"])
+def test_order_batch_and_company_of_prompts_change_nothing(
+    net, tok, prompt_lists, kind, temperature, top_p
+):
+    rng = random.Random(0)
+    prompts = prompt_lists[kind]
+    keys = [("k", i) for i in range(len(prompts))]
+    settings = {"temperature": temperature, "top_p": top_p, "n": 3, "max_new": 12}
+    settings["stop"] = rng.sample(range(tok.size), 20)
+    expected = one_by_one(net, prompts, keys, **settings)
+    for batch in (1, 3, 4, 6, 256):
+        order = rng.sample(range(len(prompts)), len(prompts))
+        ordered_prompts, ordered_keys = [prompts[i] for i in order], [keys[i] for i in order]
+        samples = generate(net, ordered_prompts, ordered_keys, batch=batch, **settings)
+        assert samples == [expected[i] for i in order]
+    for prompt, key, id_lists in zip(prompts, keys, expected, strict=True):
+        assert generate(net, [prompt], [key], **settings) == [id_lists]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_every_logit_is_that_of_a_forward_pass_over_the_whole_text(nets, n):
+    """Not only the tokens that are drawn from them; groups are exchanged on the way."""
+    net, rng = nets["grouped"], random.Random(n)
+    prefix = random_ids(rng, 20)
+    prompts = [prefix + random_ids(rng, rng.randint(1, 30)) for _ in range(7)]
+    texts = {i * n + k: list(prompt) for i, prompt in enumerate(prompts) for k in range(n)}
+    keys = [(i,) for i in range(7)]
+    num_compared = 0
     with torch.no_grad():
-        for step in range(max_new):
-            logits = net(torch.tensor([prompt + out]))[:, -1]
-            out.append(pick(logits, u[step : step + 1], temperature, top_p).item())
-            if out[-1] in stop:
-                break
-    return out
+        scheduler = Scheduler(net, prompts, keys, n, 10, 3 * n, int)
+        for numbers, tokens in scheduler.run(list(range(15)), 1.0, 1.0):
+            logits = scheduler.logits[scheduler.live_slots()]
+            whole = [net(torch.tensor([texts[number]]))[0, -1] for number in numbers]
+            torch.testing.assert_close(logits, torch.stack(whole), atol=1e-4, rtol=0)
+            num_compared += len(whole)
+            for number, token in zip(numbers, tokens, strict=True):
+                texts[number].append(token)
+    assert num_compared == sum(map(len, texts.values())) - sum(map(len, prompts)) * n
 
 
-KNOBS = {"greedy": {"temperature": 0, "top_p": 0.9}, "sampled": {"temperature": 0.9, "top_p": 0.95}}
+class OnGpu(torch.Tensor):
+    """Calls itself a tensor on a GPU, so that the engine goes its other way."""
+
+    is_cuda = property(lambda self: True)
 
 
-# ---- decoding
+@pytest.mark.parametrize("n", [1, 3])
+def test_several_steps_between_two_looks_at_the_tokens_change_nothing(nets, n, monkeypatch):
+    """As on a GPU, whose tokens must be waited for: samples go on behind their end unseen."""
+    net, rng = nets["grouped"], random.Random(n)
+    prefix = random_ids(rng, 20)
+    prompts = [prefix + random_ids(rng, rng.randint(1, 30)) for _ in range(9)]
+    keys = [(i,) for i in range(9)]
+    settings = {"n": n, "max_new": 21, "stop": list(range(6)), "temperature": 1.0, "top_p": 0.9}
+    expected = one_by_one(net, prompts, keys, **settings)
+    plain_prefill, plain_decode, plain_steps = prefill, sample.decode, Scheduler.sample_steps
+    steps = []
+
+    def prefill_there(*args):
+        context, logits = plain_prefill(*args)
+        return context, logits.as_subclass(OnGpu)
+
+    def count_steps(scheduler, *args):
+        tokens = plain_steps(scheduler, *args)
+        steps.append(len(tokens))
+        return tokens
+
+    monkeypatch.setattr(sample, "prefill", prefill_there)
+    monkeypatch.setattr(sample, "decode", lambda *a: plain_decode(*a).as_subclass(OnGpu))
+    monkeypatch.setattr(Scheduler, "sample_steps", count_steps)
+    for batch in (2 * n, 4 * n, 100):
+        assert generate(net, prompts, keys, batch=batch, **settings) == expected
+    assert max(steps) == sample.STEPS_PER_SYNC > min(steps)
+
+
+def transformers_twin(net, tok, folder):
+    """transformers' Llama with the same weights, by way of our model folder."""
+    from transformers import AutoModelForCausalLM
+
+    save(net, tok, folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("shape", ["grouped", "multi-head, tied"])
+def test_greedy_samples_are_those_of_transformers(cfg, tok, prompt_lists, shape, tmp_path):
+    net = random_net(replace(cfg, **SHAPES[shape])).eval()
+    twin = transformers_twin(net, tok, tmp_path / "net")
+    stop = random.Random(0).sample(range(tok.size), 30)
+    lengths = Counter()
+    for prompts in prompt_lists.values():
+        keys = [(i,) for i in range(len(prompts))]
+        samples = generate(net, prompts, keys, stop=stop, max_new=15, temperature=0)
+        for prompt, (ids,) in zip(prompts, samples, strict=True):
+            tokens = torch.tensor([prompt])
+            settings = {"do_sample": False, "max_new_tokens": 15, "pad_token_id": 0}
+            mask = torch.ones_like(tokens)
+            text = twin.generate(tokens, attention_mask=mask, eos_token_id=stop, **settings)[0]
+            assert prompt + ids == text.tolist()
+        lengths += lengths_of(samples)
+    assert lengths[15] and len(lengths) > 1, "some should end early and some not"
 
 
 def test_greedy_decoding_of_real_weights_gives_the_known_text(shared):
     net, tok = load(shared / "stories260K" / "hf")
-    want = json.loads((shared / "stories260K" / "greedy.json").read_text())
-    new = len(want["ids"]) - 1
-    out = generate(net.eval(), [[tok.bos]], [(0,)], stop=[tok.eos], max_new=new, temperature=0)
-    assert [tok.bos, *out[0][0]] == want["ids"]
-    assert tok.decode(out[0][0]) == want["text"]
-    tokens, loop = torch.tensor([[tok.bos]]), []
-    with torch.no_grad():
-        for _ in range(40):
-            loop.append(net(tokens)[0, -1].argmax().item())
-            tokens = torch.cat((tokens, torch.tensor([loop[-1:]])), 1)
-    assert out[0][0][:40] == loop
-
-
-@pytest.mark.parametrize("knobs", KNOBS.values(), ids=KNOBS.keys())
-@pytest.mark.parametrize("kind", ["common", "none", "nested"])
-@pytest.mark.parametrize("shared", [1, 1000], ids=["prompts shared", "copied"])
-def test_cached_batched_decoding_equals_the_uncached_loop_one_by_one(net, tok, lists, kind, knobs, shared, monkeypatch):
-    """Also where the samples of a prompt, and all prompts behind their common beginning, read its keys once."""
-    prompts, max_new, n = lists[kind], 12, 3
-    monkeypatch.setattr(sample, "SHARED", shared)
-    monkeypatch.setattr(sample, "LONG", shared)
-    keys = [("k", i) for i in range(len(prompts))]
-    rng = random.Random(0)
-    stop = rng.sample(range(net.cfg.vocab_size), 20)  # rows end at different steps, so that rows are dropped
-    us = [[uniforms((*key, k), TRIES * max_new).view(-1, TRIES) for k in range(n)] for key in keys]
-    want = [[plain_loop(net, p, u, stop, max_new, **knobs) for u in row] for p, row in zip(prompts, us, strict=True)]
-    assert len({len(ids) for row in want for ids in row}) > 1, "some rows should end early"
-    for batch in (1, 3, 4, 256):
-        assert generate(net, prompts, keys, stop=stop, max_new=max_new, n=n, batch=batch, **knobs) == want
-    order = list(range(len(prompts)))
-    rng.shuffle(order)
-    shuffled = generate(
-        net, [prompts[i] for i in order], [keys[i] for i in order], stop=stop, max_new=max_new, n=n, batch=6, **knobs
+    greedy = json.loads((shared / "stories260K" / "greedy.json").read_text())
+    max_new = len(greedy["ids"]) - 1
+    ((ids,),) = generate(
+        net.eval(), [[tok.bos]], [(0,)], stop=[tok.eos], max_new=max_new, temperature=0
     )
-    assert shuffled == [want[i] for i in order]
-    alone = [generate(net, [p], [k], stop=stop, max_new=max_new, n=n, **knobs)[0] for p, k in zip(prompts, keys, strict=True)]  # fmt: skip  # noqa: E501
-    assert alone == want
+    assert [tok.bos, *ids] == greedy["ids"]
+    assert tok.decode(ids) == greedy["text"]
+    prompts = [greedy["ids"][:length] for length in (1, 40, 5, 200, 90)]
+    keys = [(i,) for i in range(5)]
+    samples = generate(net, prompts, keys, stop=[], max_new=20, n=2, temperature=0, batch=6)
+    for prompt, id_lists in zip(prompts, samples, strict=True):
+        expected = greedy["ids"][len(prompt) : len(prompt) + 20]
+        assert id_lists == [expected, expected]
 
 
-def test_the_samples_of_a_prompt_differ_and_do_not_depend_on_how_many_are_drawn(net, lists):
-    prompts = lists["common"][:2]
-    keys = [(0,), (1,)]
-    knobs = {"stop": [], "max_new": 10, "temperature": 1.0, "top_p": 1.0}
-    four = generate(net, prompts, keys, n=4, **knobs)
-    for samples in four:
-        assert len({tuple(s) for s in samples}) == 4
-    assert [s[:1] for s in four] == generate(net, prompts, keys, n=1, **knobs)
-    shorter = generate(net, prompts, keys, n=4, **knobs | {"max_new": 4})
-    assert shorter == [[s[:4] for s in samples] for samples in four]
-    assert generate(net, prompts, [(2,), (1,)], n=4, **knobs)[0] != four[0], "another key, other samples"
-    assert generate(net, prompts, [(2,), (1,)], n=4, **knobs)[1] == four[1]
+def test_the_samples_of_a_prompt_differ_and_do_not_depend_on_how_many_are_drawn(net, prompt_lists):
+    prompts, keys = prompt_lists["common"][:2], [(0,), (1,)]
+    settings = {"stop": [], "max_new": 10, "temperature": 1.0, "top_p": 1.0}
+    four = generate(net, prompts, keys, n=4, **settings)
+    for id_lists in four:
+        assert len({tuple(ids) for ids in id_lists}) == 4
+    assert generate(net, prompts, keys, n=1, **settings) == [ids[:1] for ids in four]
+    shorter = generate(net, prompts, keys, n=4, **settings | {"max_new": 4})
+    assert shorter == [[ids[:4] for ids in id_lists] for id_lists in four]
+    with_another_key = generate(net, prompts, [(2,), (1,)], n=4, **settings)
+    assert with_another_key[0] != four[0] and with_another_key[1] == four[1]
 
 
-def test_samples_exclude_the_prompt_and_end_exactly_at_a_stop_token(net, lists):
-    stop, max_new = list(range(0, net.cfg.vocab_size, 9)), 16
-    prompts = lists["nested"] * 8
-    heard = []
+def test_samples_exclude_the_prompt_and_end_exactly_at_a_stop_token(net, prompt_lists):
+    prompts = prompt_lists["nested"] * 8
     keys = [(i,) for i in range(len(prompts))]
-    out = generate(net, prompts, keys, stop=stop, max_new=max_new, n=2, temperature=1.0, top_p=1.0, batch=10,
-                   tick=lambda tokens, finished: heard.append((tokens, finished)))  # fmt: skip
-    flat = [ids for samples in out for ids in samples]
-    assert len(flat) == 2 * len(prompts)
-    lengths = Counter()
-    for ids in flat:
-        assert not set(ids[:-1]) & set(stop), "nothing follows a stop token"
-        assert 1 <= len(ids) <= max_new and (ids[-1] in stop or len(ids) == max_new)
-        lengths[len(ids)] += 1
-    assert lengths[max_new] and len(lengths) > 5, "both ways to end occur"
-    assert sum(t for t, _ in heard) == sum(map(len, flat))
-    assert sum(f for _, f in heard) == len(flat)
+    settings = {"stop": list(range(0, net.cfg.vocab_size, 9)), "max_new": 16, "n": 2}
+    calls = []
+    samples = generate(
+        net,
+        prompts,
+        keys,
+        temperature=1.0,
+        top_p=1.0,
+        batch=10,
+        callback=lambda tokens, ended: calls.append((tokens, ended)),
+        **settings,
+    )
+    assert [len(id_lists) for id_lists in samples] == [2] * len(prompts)
+    for ids in (ids for id_lists in samples for ids in id_lists):
+        assert not set(ids[:-1]) & set(settings["stop"]), "nothing follows a stop token"
+        assert 1 <= len(ids) <= 16 and (ids[-1] in settings["stop"] or len(ids) == 16)
+    lengths = lengths_of(samples)
+    assert lengths[16] and len(lengths) > 5, "both ways to end occur"
+    assert sum(tokens for tokens, _ in calls) == sum(k * count for k, count in lengths.items())
+    assert sum(ended for _, ended in calls) == 2 * len(prompts)
 
 
 def test_the_length_limit_may_coincide_with_a_stop_token(net):
-    first = generate(net, [[1, 5]], [(0,)], stop=[], max_new=3, temperature=0)[0][0]
+    settings = {"temperature": 0, "top_p": 1.0}
+    ((ids,),) = generate(net, [[1, 5]], [(0,)], stop=[], max_new=3, **settings)
     for last in range(1, 4):
-        if first[last - 1] not in first[: last - 1]:
-            assert generate(net, [[1, 5]], [(0,)], stop=[first[last - 1]], max_new=last, temperature=0)[0][0] == first[:last]  # fmt: skip  # noqa: E501
+        if ids[last - 1] not in ids[: last - 1]:
+            stop = [ids[last - 1]]
+            ((again,),) = generate(net, [[1, 5]], [(0,)], stop=stop, max_new=last, **settings)
+            assert again == ids[:last]
 
 
-def test_no_prompts_give_no_samples(net):
-    assert generate(net, [], [], stop=[2], max_new=4) == []
+EDGES = {  # prompts, n, max_new
+    "no prompt": ([], 1, 4),
+    "one new token": ([[1, 5, 6], [1, 7]], 3, 1),
+    "one new token of one sample": ([[1, 5, 6]], 1, 1),
+    "a prompt of one token": ([[1]], 1, 6),
+    "prompts of one token, several samples": ([[1], [2]], 3, 6),
+    "a common prefix of everything": ([list(range(30))] * 4, 3, 6),
+    "a common prefix of everything, one sample each": ([list(range(30))] * 4, 1, 6),
+    "one prompt, several samples": ([list(range(30))], 3, 6),
+    "one prompt, one sample": ([list(range(30))], 1, 6),
+    "one prompt is the prefix": ([list(range(20)), list(range(21))], 2, 6),
+    "up to the context": ([list(range(80)) * 3, [1]], 2, 16),
+    "more keys than one step of widths": ([list(range(33)), list(range(5, 70))], 2, 40),
+}
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_edges_of_the_engine_equal_the_plain_loop(nets, edge):
+    prompts, n, max_new = EDGES[edge]
+    keys = [(edge, i) for i in range(len(prompts))]
+    settings = {"n": n, "max_new": max_new, "stop": [], "temperature": 1.0, "top_p": 0.95}
+    for net in nets.values():
+        expected = one_by_one(net, prompts, keys, **settings)
+        assert generate(net, prompts, keys, **settings) == expected
 
 
 def test_sampling_keeps_no_graph_and_leaves_gradients_on_for_its_consumer(net, monkeypatch):
     def spy(logits, *args):
         assert not torch.is_grad_enabled() and not logits.requires_grad
-        return pick(logits, *args)
+        return sample_token(logits, *args)
 
-    monkeypatch.setattr(sample, "pick", spy)
+    monkeypatch.setattr(sample, "sample_token", spy)
     steps = 0
-    for _ in stream(net, [[1, 5]], [(0,)], stop=[], max_new=3):
+    for _ in generate_stream(net, [[1, 5]], [(0,)], stop=[], max_new=3):
         assert torch.is_grad_enabled()
         steps += 1
     assert steps == 3 and torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize(
-    "knobs",
-    [{"top_p": 0.0}, {"top_p": 1.01}, {"top_p": -0.5}, {"temperature": -1}, {"max_new": 0}, {"n": 0},
-     {"top_p": float("nan")}],
-)  # fmt: skip
-def test_knobs_out_of_range_are_refused(net, knobs):
-    with pytest.raises(BadInput, match="temperature"):
-        generate(net, [[1]], [(0,)], **{"stop": [], "max_new": 2} | knobs)
+    "setting",
+    [
+        {"top_p": 0.0},
+        {"top_p": 1.01},
+        {"top_p": -0.5},
+        {"top_p": float("nan")},
+        {"temperature": -1},
+        {"max_new": 0},
+        {"n": 0},
+    ],
+)
+def test_settings_out_of_range_are_refused(net, setting):
+    with pytest.raises(UserError, match="needs a temperature of 0") as e:
+        generate(net, [[1]], [(0,)], **{"stop": [], "max_new": 2} | setting)
+    assert "\n" not in str(e.value)
 
 
 def test_a_prompt_too_long_for_the_context_is_named(cfg):
-    small = random_net(replace(cfg, max_len=16))
-    assert len(generate(small, [[1] * 4, [1] * 12], [(0,), (1,)], stop=[], max_new=4)[1][0]) == 4, "it just fits"
-    with pytest.raises(BadInput, match=r"prompt 1 has 13 tokens.* 4 new.* 16"):
-        generate(small, [[1] * 4, [1] * 13], [(0,), (1,)], stop=[], max_new=4)
+    small = random_net(replace(cfg, max_len=16)).eval()
+    keys, settings = [(0,), (1,)], {"stop": [], "max_new": 4}
+    samples = generate(small, [[1] * 4, [1] * 12], keys, **settings)
+    assert len(samples[1][0]) == 4, "it just fits"
+    with pytest.raises(UserError, match=r"prompt 1 has 13 tokens.* 4 new.* 16"):
+        generate(small, [[1] * 4, [1] * 13], keys, **settings)
 
 
-# ---- one token
+# ---- attention over levels -------------------------------------------------------------------
+
+HEAD_DIM = 8
 
 
-def nucleus(logits, temperature, top_p):
-    """The distribution top-p sampling should have, by sorting in fp64: {id: probability}."""
-    p = (logits.double() / temperature).softmax(-1)
-    order = p.argsort(descending=True).tolist()
-    kept, mass = [], 0.0
-    for i in order:
+def random_level(rows: int, kv_heads: int, lengths: list[int], capacity: int, dtype) -> KeyValues:
+    """Row r holds lengths[r] random keys and values, with garbage behind them."""
+    shape = (rows, kv_heads, capacity, HEAD_DIM)
+    k, v = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
+    texts = SimpleNamespace(k=[k], v=[v])
+    level = KeyValues(texts, rows, capacity)
+    level.fill(list(range(rows)), texts, lengths)
+    return level
+
+
+def attention_to_all(q, k, v):
+    """One query over all its keys at once in fp64: (H, hd), (K, S, hd) -> (H, hd)."""
+    group = len(q) // len(k)
+    k, v = k.double().repeat_interleave(group, 0), v.double().repeat_interleave(group, 0)
+    weights = (k @ q.double()[:, :, None] / HEAD_DIM**0.5).softmax(1)  # (H, S, 1)
+    return (weights * v).sum(1)
+
+
+def visible(level: KeyValues, slot: int, num_slots: int, values: bool):
+    """The keys (or values) of a level that a slot sees, (K, length, hd)."""
+    row = slot * len(level.lengths) // num_slots
+    return (level.v if values else level.k)[0][row, :, : level.lengths[row]]
+
+
+LEVELS = {  # rows of the levels behind the slots' own tokens
+    "own": [],
+    "own and prefix": [1],
+    "own and prompts": [4],
+    "own, prompts and prefix": [4, 1],
+}
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0], ids=["mild", "one key wins"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("levels", LEVELS)
+def test_attention_over_levels_is_attention_over_all_keys_at_once(levels, kv_heads, dtype, scale):
+    """12 slots, 3 to a prompt, 6 heads; all lengths differ; the new token is seen by itself."""
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    heads, slots = 6, 12
+    shared_levels = []
+    for rows in LEVELS[levels]:
+        lengths = [rng.randint(1, 50) for _ in range(rows)]
+        shared_levels.append(random_level(rows, kv_heads, lengths, 50, dtype))
+    lengths = [0, 39, *(rng.randint(0, 39) for _ in range(slots - 2))]
+    cache = KVCache([random_level(slots, kv_heads, lengths, 40, dtype), *shared_levels])
+    cache.before = torch.arange(100, 100 + slots)
+    for level in (cache.own, *cache.shared):
+        level.read_up_to(int(level.lengths.max()) + 1)
+    cache.prepare_step()
+    q = (torch.randn(slots, heads, 1, HEAD_DIM) * scale).to(dtype)
+    k, v = (torch.randn(slots, kv_heads, 1, HEAD_DIM).to(dtype) for _ in range(2))
+    out = cache.attend(0, q, k, v)
+
+    assert out.shape == q.shape and out.dtype == dtype
+    assert cache.positions[:, 0].tolist() == [100 + i + lengths[i] for i in range(slots)]
+    expected = []
+    for slot in range(slots):
+        assert torch.equal(visible(cache.own, slot, slots, values=False)[:, -1], k[slot, :, 0])
+        assert torch.equal(visible(cache.own, slot, slots, values=True)[:, -1], v[slot, :, 0])
+        all_levels = (cache.own, *cache.shared)
+        keys = torch.cat([visible(level, slot, slots, values=False) for level in all_levels], 1)
+        values = torch.cat([visible(level, slot, slots, values=True) for level in all_levels], 1)
+        expected.append(attention_to_all(q[slot, :, 0], keys, values))
+    tolerance = {"atol": 2e-6 if scale == 1 else 5e-5, "rtol": 0}
+    torch.testing.assert_close(out[:, :, 0].double(), torch.stack(expected), **tolerance)
+
+
+def test_columns_that_are_not_read_change_nothing():
+    torch.manual_seed(0)
+    level = random_level(3, 2, [5, 30, 64], 200, torch.float32)
+    q = torch.randn(6, 2, 2, HEAD_DIM)
+    outputs = {}
+    for length in (64, 65, 200, 1000):
+        level.read_up_to(length)
+        outputs[level.width] = level.attend(0, q, level.mask())
+    assert list(outputs) == [64, 96, 200], "a multiple of the step, never more than there are"
+    for out, lse in outputs.values():
+        torch.testing.assert_close(out, outputs[200][0])
+        torch.testing.assert_close(lse, outputs[200][1])
+
+
+@pytest.mark.parametrize("prefix_length", [0, 1, 17])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_prompts_read_side_by_side_give_the_logits_of_each_alone(nets, shape, prefix_length):
+    net, rng = nets[shape], random.Random(0)
+    ids = random_ids(rng, prefix_length)
+    texts = [random_ids(rng, length) for length in (1, 9, 40, 9)]
+    with torch.no_grad():
+        prefix = None
+        if ids:
+            context, _ = prefill(net, [ids])
+            prefix = KeyValues(context, 1, prefix_length)
+            prefix.fill([0], context, [prefix_length])
+        context, logits = prefill(net, texts, prefix)
+        alone = [net(torch.tensor([ids + text]))[0, -1] for text in texts]
+    assert {t.shape[2] for t in context.k + context.v} == {40}, "the prefix is not kept again"
+    torch.testing.assert_close(logits, torch.stack(alone), atol=1e-4, rtol=0)
+
+
+# ---- slots -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_idle_and_ended_slots_change_no_token_of_another(nets, n, monkeypatch):
+    """Their tokens, keys and values are overwritten before each step; no logit is ever NaN."""
+    net, rng = nets["grouped"], random.Random(n)
+    prompts = [random_ids(rng, rng.randint(1, 30)) for _ in range(50)]
+    keys = [(i,) for i in range(50)]
+    settings = {"n": n, "max_new": 12, "stop": list(range(12)), "temperature": 1.0, "top_p": 0.9}
+    batch = 20 * n
+    expected = generate(net, prompts, keys, batch=batch, **settings)
+    assert expected[:5] == one_by_one(net, prompts[:5], keys[:5], **settings)
+    plain_decode, num_garbled = Scheduler.decode, Counter()
+
+    def decode_with_garbage(scheduler):
+        ended = torch.tensor([sequence.ended for sequence in scheduler.slots])
+        random_tokens = torch.randint(VOCABULARY, ended.shape)
+        scheduler.tokens = torch.where(ended, random_tokens, scheduler.tokens)
+        levels = {"slots": (scheduler.cache.own, ended)}
+        if n > 1:
+            levels["groups"] = (scheduler.prompt_level, ended.view(-1, n).all(1))
+        for name, (level, rows) in levels.items():
+            num_garbled[name] += int(rows.sum())
+            for t in level.k + level.v:
+                t[rows] = 100 * torch.randn_like(t[rows])
+        plain_decode(scheduler)
+        assert scheduler.logits.isfinite().all()
+
+    monkeypatch.setattr(Scheduler, "decode", decode_with_garbage)
+    assert generate(net, prompts, keys, batch=batch, **settings) == expected
+    assert min(num_garbled.values()) > 20
+
+
+def test_a_freed_slot_goes_to_the_queue_at_once_and_no_more_than_batch_are_running(net, tok):
+    prompts = [tok.chat(f"Number {i}") for i in range(40)]
+    keys = [(i,) for i in range(40)]
+    settings = {"stop": list(range(0, tok.size, 12)), "max_new": 24}
+    sizes = []
+    for numbers, _ in generate_stream(
+        net, prompts, keys, temperature=1.0, top_p=1.0, batch=8, **settings
+    ):
+        assert len(set(numbers)) == len(numbers) <= 8
+        sizes.append(len(numbers))
+    busy = sizes[: len(sizes) - 24]  # the queue is empty in the last steps
+    assert sum(busy) / len(busy) > 7, "most slots are in use while there is a queue"
+    assert len(sizes) < sum(sizes) / 8 + 30
+
+
+def script_lengths(monkeypatch, lengths: dict[tuple, int]):
+    """Samples of these lengths by their keys: token 7 all along, and 2 at the end."""
+
+    def numbers(key, count):
+        u = torch.rand(count)
+        u[lengths[key] - 1] = 2
+        return u
+
+    monkeypatch.setattr(sample, "uniforms", numbers)
+    monkeypatch.setattr(sample, "sample_token", lambda logits, u, *_: torch.where(u == 2, 2, 7))
+
+
+def test_many_groups_of_uneven_length_keep_few_slots_idle(net, monkeypatch):
+    """A group waits for some others before prompts are read, and holds its place until its last
+    sample has ended."""
+    rng = random.Random(0)
+    lengths = {(i, k): rng.randint(1, 40) for i in range(96) for k in range(2)}
+    script_lengths(monkeypatch, lengths)
+    prompts, keys = [[1, 5 + i, 6] for i in range(96)], [(i,) for i in range(96)]
+    with shapes_read(net) as shapes:
+        samples = generate(net, prompts, keys, n=2, stop=[2], max_new=40, batch=64)
+    sizes = {(i, k): len(ids) for i, pair in enumerate(samples) for k, ids in enumerate(pair)}
+    assert sizes == lengths
+    rows_decoded = sum(rows for rows, length in shapes if length == 1)
+    until_both_end = sum(2 * max(lengths[i, 0], lengths[i, 1]) for i in range(96))
+    assert rows_decoded < 1.25 * until_both_end
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_groups_that_have_ended_are_dropped_when_no_prompt_waits(net, n, monkeypatch):
+    lengths = {(i, k): 3 for i in range(16) for k in range(n)}
+    lengths[5, n - 1] = 20
+    script_lengths(monkeypatch, lengths)
+    prompts, keys = [[1, 5 + i, 6] for i in range(16)], [(i,) for i in range(16)]
+    with shapes_read(net) as shapes:
+        samples = generate(net, prompts, keys, n=n, stop=[2], max_new=20)
+    assert [len(id_lists[-1]) for id_lists in samples] == [3] * 5 + [20] + [3] * 10
+    assert [rows for rows, length in shapes if length == 1][1:] == [16 * n] * 3 + [n] * 16
+
+
+def test_the_longest_prompts_are_read_first(net):
+    """So that what does not fit into memory fails at once."""
+    prompts = [[1, *range(5, 5 + length)] for length in (3, 9, 1, 7)]
+    keys = [(i,) for i in range(4)]
+    numbers, _ = next(generate_stream(net, prompts, keys, stop=[], max_new=2, batch=2))
+    assert sorted(numbers) == [1, 3]
+
+
+def test_random_numbers_are_drawn_when_the_turn_of_a_prompt_comes(net, monkeypatch):
+    keys_used = []
+
+    def spy(key, count):
+        keys_used.append(key)
+        return uniforms(key, count)
+
+    monkeypatch.setattr(sample, "uniforms", spy)
+    prompts = [[1, 5 + i % 100] for i in range(20_000)]
+    keys = [(i,) for i in range(20_000)]
+    next(generate_stream(net, prompts, keys, stop=[], max_new=4, batch=8))
+    assert len(keys_used) <= 16
+
+
+def test_prompts_are_read_some_at_a_time(net, prompt_lists, monkeypatch):
+    prompts = prompt_lists["none"] + prompt_lists["nested"]
+    keys = [(i,) for i in range(len(prompts))]
+    settings = {"stop": [2], "max_new": 6, "temperature": 0.8}
+    expected = generate(net, prompts, keys, **settings)
+    monkeypatch.setattr(sample, "PREFILL_TOKENS", 12)
+    with shapes_read(net) as shapes:
+        assert generate(net, prompts, keys, **settings) == expected
+    prompts_read = shapes[: shapes.index((len(prompts), 1))]  # then the first step of all
+    assert all(rows * length <= 12 or rows == 1 for rows, length in prompts_read)
+    assert max(rows for rows, _ in prompts_read) > 1
+
+
+# ---- what prompts begin with -----------------------------------------------------------------
+
+
+def test_what_all_prompts_begin_with_is_read_once(nets):
+    net, rng = nets["grouped"], random.Random(0)
+    prefix = random_ids(rng, 60)
+    prompts = [[*prefix, i, i + 1] for i in range(20)]
+    keys = [(i,) for i in range(20)]
+    settings = {"stop": [], "n": 3, "temperature": 0, "top_p": 1.0}
+    with shapes_read(net) as shapes:
+        samples = generate(net, prompts, keys, max_new=1, **settings)
+    assert num_read(shapes) == 60 + 20 * 2
+    assert samples == one_by_one(net, prompts, keys, max_new=1, **settings)
+    with shapes_read(net) as shapes:
+        generate(net, prompts, keys, max_new=5, batch=12, **settings)
+    assert num_read(shapes) == 60 + 20 * 2 + 4 * 60, "and a token a step of each sample"
+
+
+def test_of_equal_prompts_all_but_the_last_token_is_read_once(nets):
+    prompts, keys = [list(range(40))] * 7, [(i,) for i in range(7)]
+    with shapes_read(nets["grouped"]) as shapes:
+        generate(nets["grouped"], prompts, keys, stop=[], max_new=1, n=2)
+    assert num_read(shapes) == 39 + 7
+
+
+@pytest.mark.parametrize(
+    "length, n, count",
+    [
+        (sample.MIN_COMMON_PREFIX - 1, 1, 3),  # too short to be worth a level
+        (40, 1, 1),  # a lone sample shares nothing
+    ],
+)
+def test_a_prefix_that_saves_nothing_is_no_level(nets, length, n, count, monkeypatch):
+    prompts, keys = [[*range(length), 50 + i] for i in range(count)], [(i,) for i in range(count)]
+    lone_token = 1  # the shape of keys is learnt from it
+    with shapes_read(nets["grouped"]) as shapes:
+        generate(nets["grouped"], prompts, keys, stop=[], max_new=1, n=n)
+    assert num_read(shapes) == count * (length + 1) + lone_token
+
+
+def test_a_common_prefix_leaves_each_prompt_a_token_of_its_own():
+    rng = random.Random(0)
+    for _ in range(300):
+        prompts = [[rng.randrange(2) for _ in range(rng.randint(1, 6))] for _ in range(3)]
+        prefix = common_prefix(prompts)
+        size = len(prefix)
+        assert all(prompt[:size] == prefix and len(prompt) > size for prompt in prompts)
+        beginnings = {tuple(prompt[: size + 1]) for prompt in prompts}
+        shortest = min(map(len, prompts))
+        assert len(beginnings) > 1 or size == shortest - 1, "no longer one would do"
+
+
+# ---- memory ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n, length", [(1, 40), (4, 3), (4, 40)])
+def test_half_of_the_free_memory_bounds_the_samples_side_by_side(net, n, length, monkeypatch):
+    prompts, keys = [[5 + i] * length for i in range(9)], [(i,) for i in range(9)]
+    settings = {"stop": [], "max_new": 10, "n": n}
+    expected = generate(net, prompts, keys, **settings)
+    cfg = net.cfg
+    token_bytes = 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * 4  # keys and values in fp32
+    tokens = 10 + length if n == 1 else 4 * 10 + length  # a prompt is held once for its samples
+    room = 3 * tokens * token_bytes
+
+    monkeypatch.setattr(sample, "free_memory", lambda device: 2 * room)
+    message = "memory holds keys of 3 prompts, not of 9$"
+    with pytest.warns(UserWarning, match=message):
+        assert generate(net, prompts, keys, **settings) == expected
+    with pytest.warns(UserWarning, match=message):
+        sizes = [len(numbers) for numbers, _ in generate_stream(net, prompts, keys, **settings)]
+    assert max(sizes) == 3 * n
+    with torch.no_grad(), pytest.warns(UserWarning, match=message):
+        scheduler = Scheduler(net, prompts, keys, n, 10, 256, int)
+    levels = {id(level): level for level in (scheduler.cache.own, scheduler.prompt_level)}
+    held = sum(t.nbytes for level in levels.values() for t in level.k + level.v)
+    assert held == room, "what is reckoned with is what is taken"
+
+    monkeypatch.setattr(sample, "free_memory", lambda device: 2 * room - 2)
+    with pytest.warns(UserWarning, match="memory holds keys of 2 prompts"):
+        generate(net, prompts, keys, **settings)
+    monkeypatch.setattr(sample, "free_memory", lambda device: 0)
+    with pytest.warns(UserWarning, match="memory holds keys of 1 prompts"):
+        assert generate(net, prompts, keys, **settings) == expected, "one group is always tried"
+
+
+def test_no_more_memory_is_taken_than_prompts_need(net, recwarn, monkeypatch):
+    prompts, keys = [[1, 5 + i] for i in range(3)], [(i,) for i in range(3)]
+    token_bytes = 2 * net.cfg.layers * net.cfg.kv_heads * net.cfg.head_dim * 4
+    monkeypatch.setattr(sample, "free_memory", lambda device: 2 * 3 * (2 + 4) * token_bytes)
+    generate(net, prompts, keys, stop=[], max_new=4, batch=10**9)
+    assert not recwarn.list
+
+
+def test_processes_that_share_a_model_agree_on_the_number_of_groups(net):
+    prompts, keys = [[1, 5 + i] for i in range(9)], [(i,) for i in range(9)]
+    settings = {"stop": [], "max_new": 4, "n": 2}
+    offers = []
+
+    def agree(groups):
+        offers.append(groups)
+        return groups - 3
+
+    steps = generate_stream(net, prompts, keys, agree=agree, batch=14, **settings)
+    assert max(len(numbers) for numbers, _ in steps) == 2 * (7 - 3) and offers == [7]
+    samples = generate(net, prompts, keys, agree=lambda groups: 1, **settings)
+    assert samples == generate(net, prompts, keys, **settings)
+
+
+def test_free_memory_is_that_of_the_system_and_processes_get_equal_parts(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    free = sample.free_memory(cpu)
+    assert 0 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert sample.free_memory(cpu) == pytest.approx(free / 4, rel=0.2)
+    monkeypatch.setattr(os.path, "exists", lambda path: False)
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert sample.free_memory(cpu) == total // 4, "where the system does not say"
+
+
+# ---- one token -------------------------------------------------------------------------------
+
+
+def nucleus(logits, temperature: float, top_p: float) -> dict[int, float]:
+    """The distribution that top-p sampling should have, in fp64: {id: probability}."""
+    probs = (logits.double() / temperature).softmax(-1).tolist()
+    mass, least = 0.0, 0.0
+    for p in sorted(probs, reverse=True):
         if mass >= top_p:
             break
-        kept.append(i)
-        mass += p[i].item()
-    return {i: p[i].item() / mass for i in kept}
+        mass, least = mass + p, p
+    likely = {i: p for i, p in enumerate(probs) if p >= least}
+    return {i: p / sum(likely.values()) for i, p in likely.items()}
 
 
-def distribution(logits, temperature, top_p, grid=40_001):
-    """What pick() really draws from: the share of random numbers in [0, 1) that leads to each id.
-
-    The first number of each token runs over a grid; so does the last, which draws from the sorted nucleus. Those
-    between are random, and all four are independent of each other.
-    """
-    g = torch.Generator().manual_seed(0)
-    u = torch.rand(grid, TRIES, generator=g)
-    u[:, 0] = (torch.arange(grid) + 0.5) / grid
-    u[:, -1] = u[torch.randperm(grid, generator=g), 0]
-    drawn = pick(logits.expand(grid, -1), u, temperature, top_p)
-    return {i: c / grid for i, c in Counter(drawn.tolist()).items()}
+def distribution(logits, temperature: float, top_p: float, grid: int = 20_001) -> dict[int, float]:
+    """What sample_token draws from: the part of [0, 1) that leads to each id."""
+    u = (torch.arange(grid) + 0.5) / grid
+    ids = sample_token(logits.expand(grid, -1), u, temperature, top_p)
+    return {i: count / grid for i, count in Counter(ids.tolist()).items()}
 
 
-def shapes_of_logits():
-    g = torch.Generator().manual_seed(0)
-    r = torch.randn(300, generator=g)
+def shapes_of_logits() -> dict[str, torch.Tensor]:
+    noise = torch.randn(300, generator=torch.Generator().manual_seed(0))
     peaked = torch.zeros(300)
     peaked[17] = 12.0
-    return {"random": r, "wide": 4 * r, "peaked": peaked, "flat": 0.01 * r, "low tail": torch.where(r > 1, r, -1e9)}
+    return {
+        "random": noise,
+        "wide": 4 * noise,
+        "peaked": peaked,
+        "flat": 0.01 * noise,
+        "low tail": torch.where(noise > 1, noise, -1e9),
+    }
 
 
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
 @pytest.mark.parametrize("shape", shapes_of_logits())
-def test_pick_draws_from_the_explicit_nucleus(shape, top_p):
+def test_tokens_are_drawn_from_the_explicit_nucleus(shape, top_p):
     logits = shapes_of_logits()[shape]
     for temperature in (0.7, 1.3):
-        want = nucleus(logits, temperature, top_p)
-        have = distribution(logits, temperature, top_p)
-        assert have.keys() <= want.keys()
-        spread = 0 if top_p == 1 else 5  # five deviations of 40,001 draws
-        assert all(abs(have.get(i, 0) - p) < 1e-4 + spread * (p / 40_001) ** 0.5 for i, p in want.items())
+        expected = nucleus(logits, temperature, top_p)
+        measured = distribution(logits, temperature, top_p)
+        assert measured.keys() <= expected.keys()
+        assert all(abs(measured.get(i, 0) - p) < 1e-4 for i, p in expected.items())
 
 
-@pytest.mark.parametrize("top_p", [0.3, 0.9])
-def test_a_row_that_fails_in_all_tries_draws_from_the_sorted_nucleus(top_p):
-    logits = torch.cat((torch.linspace(0, 3, 40), torch.full((400,), -4.0)))  # the tail is what a number near 1 draws
-    u = torch.full((4001, TRIES), 1 - 2**-20)
-    u[:, -1] = (torch.arange(4001) + 0.5) / 4001
-    drawn = Counter(pick(logits.expand(4001, -1), u, 1.0, top_p).tolist())
-    want = nucleus(logits, 1.0, top_p)
-    assert len(want) < 40 and drawn.keys() == want.keys()
-    assert all(abs(drawn[i] / 4001 - p) < 4e-4 for i, p in want.items())
+@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("vocabulary", [3, 100, 2000])
+def test_top_p_keeps_what_an_explicit_search_keeps_and_leaves_it_as_it_is(vocabulary, top_p):
+    """From flat rows, where the first TOP_K tokens are not enough, to peaked ones; and
+    transformers agrees."""
+    from transformers import TopPLogitsWarper
+
+    g = torch.Generator().manual_seed(0)
+    scales = torch.tensor([0.02, 0.3, 1.0, 3.0, 10.0]).repeat(4)[:, None]
+    logits = torch.randn(20, vocabulary, generator=g) * scales
+    probs = logits.softmax(-1)
+    likely = top_p_filter(probs, top_p)
+    for row, row_logits in zip(likely, logits, strict=True):
+        assert set(row.nonzero()[:, 0].tolist()) == nucleus(row_logits, 1.0, top_p).keys()
+    assert torch.equal(likely, torch.where(likely > 0, probs, 0))
+    assert torch.equal(likely > 0, TopPLogitsWarper(top_p)(None, logits).isfinite())
+    if vocabulary == 2000 and top_p >= 0.9:
+        assert (likely > 0).sum(1).max() > 3 * sample.TOP_K
 
 
-def test_rows_are_picked_alike_alone_and_in_company():
+def test_the_number_of_tokens_that_are_looked_at_first_changes_nothing(monkeypatch):
     g = torch.Generator().manual_seed(1)
-    logits = torch.randn(500, 200, generator=g) * torch.rand(500, 1, generator=g) * 8  # flat and peaked rows mixed
-    u = torch.rand(500, TRIES, generator=g)
-    together = pick(logits, u, 0.8, 0.5)
-    alone = torch.cat([pick(logits[i : i + 1], u[i : i + 1], 0.8, 0.5) for i in range(500)])
-    assert torch.equal(alone, together)
+    probs = (torch.randn(500, 200, generator=g) * torch.rand(500, 1, generator=g) * 8).softmax(-1)
+    expected = top_p_filter(probs, 0.8)
+    for count in (1, 4, 32, 1000):
+        monkeypatch.setattr(sample, "TOP_K", count)
+        assert torch.equal(top_p_filter(probs, 0.8), expected)
+
+
+def test_rows_are_sampled_alike_alone_and_in_company():
+    g = torch.Generator().manual_seed(1)
+    logits = torch.randn(500, 600, generator=g) * torch.rand(500, 1, generator=g) * 8
+    u = torch.rand(500, generator=g)
+    for top_p in (0.5, 0.95, 1.0):
+        together = sample_token(logits, u, 0.8, top_p)
+        alone = [sample_token(logits[i : i + 1], u[i : i + 1], 0.8, top_p) for i in range(500)]
+        assert torch.equal(torch.cat(alone), together)
 
 
 def test_the_token_that_crosses_p_is_kept_and_the_next_is_not():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    assert distribution(logits, 1.0, 0.6).keys() == {0, 1}
     assert distribution(logits, 1.0, 0.49).keys() == {0}
     assert distribution(logits, 1.0, 0.81).keys() == {0, 1, 2}
-    have = distribution(logits, 1.0, 0.6)
-    assert have[0] == pytest.approx(0.5 / 0.8, abs=1e-3)
-    have = distribution(logits, 1.0, 1.0)
-    assert have == pytest.approx({0: 0.5, 1: 0.3, 2: 0.15, 3: 0.05}, abs=1e-3)
+    assert distribution(logits, 1.0, 0.6) == pytest.approx({0: 5 / 8, 1: 3 / 8}, abs=1e-3)
+    everything = {0: 0.5, 1: 0.3, 2: 0.15, 3: 0.05}
+    assert distribution(logits, 1.0, 1.0) == pytest.approx(everything, abs=1e-3)
 
 
-def test_the_ends_of_the_unit_interval_pick_the_first_and_the_last_token_of_the_nucleus():
-    logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()
-    below_one = torch.ones(1, TRIES).nextafter(torch.zeros(1))
-    assert pick(logits, torch.zeros(1, TRIES), 1.0, 0.9).item() == 0
-    assert pick(logits, torch.zeros(1, TRIES), 1.0, 0.7).item() == 1, "id 0 is not among the likeliest 0.7"
-    assert pick(logits, below_one, 1.0, 0.9).item() == pick(logits, below_one, 1.0, 1.0).item() == 3
-    u = torch.tensor([0.2, 0.25, 0.3])[:, None].expand(3, TRIES)
-    equal = pick(torch.zeros(3, 4), u, 1.0, 1.0).tolist()
-    assert equal[0] != equal[1] == equal[2], "each token owns its lower bound"
+def test_tokens_as_likely_as_the_one_that_crosses_p_are_kept_too():
+    probs = torch.tensor([[0.1, 0.2, 0.3, 0.2, 0.2]])
+    assert top_p_filter(probs, 0.4).tolist() == [pytest.approx([0, 0.2, 0.3, 0.2, 0.2])]
+    assert top_p_filter(torch.full((1, 1000), 0.001), 0.01).count_nonzero() == 1000
+    assert top_p_filter(probs, 1e-9).nonzero().tolist() == [[0, 2]]
+
+
+BELOW_ONE = torch.ones(1).nextafter(torch.zeros(1))
+
+
+def test_the_ends_of_the_unit_interval_draw_the_first_and_the_last_token_of_the_nucleus():
+    logits, zero = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log(), torch.zeros(1)
+    assert sample_token(logits, zero, 1.0, 0.9).item() == 0
+    assert sample_token(logits, zero, 1.0, 0.7).item() == 1, "id 0 is not in the likeliest 0.7"
+    for top_p in (0.7, 0.9, 1.0):
+        assert sample_token(logits, BELOW_ONE, 1.0, top_p).item() == 3
+    u = torch.tensor([0.2, 0.25, 0.3])
+    assert sample_token(torch.zeros(3, 4), u, 1.0, 1.0).tolist() == [0, 1, 1]
+
+
+def test_each_token_owns_its_lower_bound_and_weights_need_no_sum():
+    weights = torch.tensor([[0, 0.5, 0, 0.25, 0.25, 0]])
+    for u, token in ((0, 1), (0.4999999, 1), (0.5, 3), (0.7499999, 3), (0.75, 4), (BELOW_ONE, 4)):
+        for scale in (1, 1024, 2**-20):
+            assert sample_from_cdf(weights * scale, torch.tensor([u])).item() == token
+
+
+def test_a_weight_of_zero_is_never_drawn():
+    g = torch.Generator().manual_seed(0)
+    weights = torch.rand(4000, 50, generator=g) * (torch.rand(4000, 50, generator=g) < 0.1)
+    weights[:, 25] += 1e-6
+    weights[::2] *= 1e-30
+    edges = torch.tensor([0.0, BELOW_ONE.item()]).repeat(1000)
+    u = torch.cat((torch.rand(2000, generator=g), edges))
+    ids = sample_from_cdf(weights, u)
+    assert (weights.gather(1, ids[:, None]) > 0).all()
+    absorbed = torch.tensor([[1.0, 1e-12, 0.0]])  # a sum in fp32 does not change by the second
+    assert sample_from_cdf(absorbed, BELOW_ONE).item() < 2
+    tiny = torch.tensor([[0.0, 1e-44, 0.0]])  # almost all of it rounds to all of it
+    assert sample_from_cdf(tiny, BELOW_ONE).item() == 1
+
+
+def test_weights_that_are_not_numbers_draw_an_id_of_the_vocabulary():
+    """Which one is no matter: sample_token marks the row. A GPU would die of an id beyond it."""
+    weights = torch.tensor([[float("nan")] * 3, [0.0, 0.0, 1.0]])
+    ids = sample_from_cdf(weights, torch.tensor([0.5, 0.5])).tolist()
+    assert ids[0] in range(3) and ids[1] == 2
 
 
 def test_temperature_zero_is_argmax_and_a_low_one_nearly():
     logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(2))
-    u = torch.rand(50, TRIES, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(pick(logits, u, 0, 0.9), logits.argmax(-1))
-    assert torch.equal(pick(logits, u, 1e-4, 1.0), logits.argmax(-1))
-    assert torch.equal(pick(logits, u, 1e-4, 0.9), logits.argmax(-1))
-    assert not torch.equal(pick(logits, u, 1.0, 1.0), logits.argmax(-1))
+    u = torch.rand(50, generator=torch.Generator().manual_seed(3))
+    best = logits.argmax(-1)
+    assert torch.equal(sample_token(logits, u, 0, 0.9), best)
+    assert torch.equal(sample_token(logits, u, 1e-4, 1.0), best)
+    assert torch.equal(sample_token(logits, u, 1e-4, 0.9), best)
+    assert not torch.equal(sample_token(logits, u, 1.0, 1.0), best)
 
 
-@pytest.mark.parametrize("temperature, top_p", [(0, 0.9), (0.7, 0.9), (0.7, 1.0)])
+@pytest.mark.parametrize("temperature, top_p", WAYS_TO_DRAW)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_rows_of_logits_that_are_not_finite_are_marked(bad, temperature, top_p):
     logits = torch.zeros(4, 100)
     logits[2, 50] = bad
-    drawn = pick(logits, torch.full((4, TRIES), 0.5), temperature, top_p).tolist()
-    assert drawn[2] == -1 and min(drawn[:2] + drawn[3:]) >= 0
+    ids = sample_token(logits, torch.full((4,), 0.5), temperature, top_p).tolist()
+    assert ids[2] == -1 and min(ids[:2] + ids[3:]) >= 0
 
 
-def test_damaged_weights_are_reported_by_the_sampler(cfg):
-    broken = random_net(cfg)
+@pytest.mark.parametrize("temperature, top_p", WAYS_TO_DRAW)
+def test_damaged_weights_are_reported_in_one_line(cfg, temperature, top_p):
+    damaged = random_net(cfg).eval()
     with torch.no_grad():
-        broken.norm.weight[3] = float("nan")
-    with pytest.raises(BadInput, match="not finite after prompt 0; its weights"):
-        generate(broken, [[1, 2]], [(0,)], stop=[], max_new=2)
+        damaged.norm.weight[3] = float("nan")
+    settings = {"stop": [], "max_new": 2, "temperature": temperature, "top_p": top_p}
+    with pytest.raises(UserError, match="not finite after prompt 0; its weights") as e:
+        generate(damaged, [[1, 2]], [(0,)], **settings)
+    assert "\n" not in str(e.value)
 
 
-def test_of_many_prompts_the_one_behind_which_logits_fail_is_named(net, monkeypatch):
-    real = sample.pick
+@pytest.mark.parametrize("n", [1, 2])
+def test_of_many_prompts_the_one_behind_which_logits_fail_is_named(net, n, monkeypatch):
+    lengths = {(i, k): 1 + i for i in range(3) for k in range(n)}
+    script_lengths(monkeypatch, lengths)
+    scripted = sample.sample_token
 
     def fails_at_the_third_step(logits, *args):
-        ids = real(logits, *args)
-        return ids.masked_fill(ids == ids, -1) if len(logits) == 1 else ids
+        ids = scripted(logits, *args)
+        return ids.masked_fill(ids == ids, -1) if len(logits) == n else ids
 
-    prompts = [[1, 5], [1, 6, 7], [1, 8]]
-    stop = sorted({ids[0] for i in (0, 1) for ids in generate(net, [prompts[i]], [(i,)], stop=[], max_new=1)[0]})
-    monkeypatch.setattr(sample, "pick", fails_at_the_third_step)  # then only prompt 2 is left
-    with pytest.raises(BadInput, match="after prompt 2;"):
-        generate(net, prompts, [(0,), (1,), (2,)], stop=stop, max_new=3)
+    monkeypatch.setattr(sample, "sample_token", fails_at_the_third_step)  # only prompt 2 is left
+    with pytest.raises(UserError, match="after prompt 2;"):
+        generate(net, [[1, 5]] * 3, [(0,), (1,), (2,)], stop=[2], max_new=4, n=n)
 
 
-# ---- slots
+def test_an_ended_slot_may_have_logits_that_are_not_finite(net, monkeypatch):
+    """Only what is drawn for somebody counts."""
+    lengths = {(0, 0): 1, (0, 1): 5}
+    script_lengths(monkeypatch, lengths)
+    scripted = sample.sample_token
+
+    def fails_for_the_first_slot(logits, *args):
+        ids = scripted(logits, *args)
+        if 2 not in first_ids:
+            first_ids.append(ids[0].item())
+        else:
+            ids[0] = -1
+        return ids
+
+    first_ids = []
+    monkeypatch.setattr(sample, "sample_token", fails_for_the_first_slot)
+    assert generate(net, [[1, 5]], [(0,)], stop=[2], max_new=5, n=2) == [[[2], [7, 7, 7, 7, 2]]]
 
 
-def test_a_freed_slot_goes_to_the_queue_at_once_and_no_more_than_batch_are_taken(net, tok):
-    prompts, seen = [tok.chat(f"Number {i}") for i in range(40)], []
-    keys = [(i,) for i in range(40)]
-    stop = list(range(0, net.cfg.vocab_size, 12))
-    for rows, _ in stream(net, prompts, keys, stop=stop, max_new=24, temperature=1.0, top_p=1.0, batch=8):
-        assert len(set(rows)) == len(rows) <= 8
-        seen.append(len(rows))
-    tokens = sum(seen)
-    busy = seen[: len(seen) - 24]  # the queue is empty in the last steps
-    assert sum(busy) / len(busy) > 7, "most slots are in use while there is a queue"
-    assert len(seen) < tokens / 8 + 30
-
-
-def test_samples_that_go_on_for_long_keep_hardly_a_slot_idle(net, monkeypatch):
-    """Kept once for its samples, a prompt holds its place until the last of them has ended; copied, it does not."""
-    rng, fed, taken = random.Random(0), [], {}
-    ends = {(i, k): min(60, int(rng.expovariate(1 / 12))) for i in range(96) for k in range(4)}
-
-    def uniforms(key, count):
-        u = torch.rand(count)
-        u[TRIES * ends[key]] = 2
-        return u
-
-    real = sample.Decoder.__call__
-    monkeypatch.setattr(sample, "pick", lambda logits, u, *_: torch.where(u[:, 0] == 2, 2, 7))
-    monkeypatch.setattr(sample, "uniforms", uniforms)
-    monkeypatch.setattr(sample.Decoder, "__call__", lambda d, t, c: fed.append(t.shape) or real(d, t, c))
-    for long in (1, 1000):
-        monkeypatch.setattr(sample, "LONG", long)
-        fed.clear()
-        out = generate(
-            net, [[1, 5 + i, 6] for i in range(96)], [(i,) for i in range(96)], n=4, stop=[2], max_new=61, batch=64
-        )
-        assert {(i, k): len(ids) - 1 for i, samples in enumerate(out) for k, ids in enumerate(samples)} == ends
-        taken[long] = sum(rows for rows, T in fed if T == 1)
-    assert taken[1] < 1.03 * taken[1000]
-
-
-def test_random_numbers_and_prompts_are_read_when_their_turn_comes(net, monkeypatch):
-    asked, real = [], sample.uniforms
-    monkeypatch.setattr(sample, "uniforms", lambda key, count: asked.append(key) or real(key, count))
-    made = stream(net, [[1, 5 + i % 100] for i in range(100_000)], [(i,) for i in range(100_000)], stop=[],
-                  max_new=4, batch=8)  # fmt: skip
-    next(made)
-    assert len(asked) <= 16
-
-
-def test_fewer_slots_are_taken_and_said_where_memory_is_short(net, monkeypatch):
-    prompts, keys, knobs = [[1, 5 + i] for i in range(9)], [(i,) for i in range(9)], {"stop": [], "max_new": 4}
-    want = generate(net, prompts, keys, **knobs)
-    asked = []
-    monkeypatch.setattr(sample.Slots, "affordable", lambda slots, count: asked.append(count) or 3)
-    most = max(len(rows) for rows, _ in stream(net, prompts, keys, agree=lambda fit: fit - 1, **knobs))
-    assert asked == [9] and most == 2
-    assert generate(net, prompts, keys, **knobs) == want
-    monkeypatch.undo()
-    with torch.no_grad():
-        for n, length in ((1, 40), (4, 3), (4, 40)):  # of four samples of a long prompt, its 40 columns are held once
-            decoder = sample.Decoder(net, 8)
-            queue = sample.arrivals(decoder, [[5] * length, [6] * length], [(0,), (1,)], n, 100)
-            slots = sample.Slots(decoder, queue, n, 100)
-            with pytest.warns(
-                UserWarning, match=r"memory holds keys and values of \d+ samples side by side, not 10{9}"
-            ):
-                few = slots.affordable(10**9)
-            column = 2 * net.cfg.layers * net.cfg.kv_heads * net.cfg.head_dim * 4  # keys and values in fp32
-            each = 100 + sample.GROW + (length if n == 1 or length < sample.LONG else length * 2 / n)
-            room = sample.free_memory(decoder.device) / 2
-            assert 0.8 * room < few * column * each < 1.2 * room
-            slots.open(4)
-            slots.fill()
-            assert slots.shared == (n > 1 and length >= sample.LONG)
-            assert slots.cache.columns == (0 if slots.shared else length) + sample.GROW
-            assert not slots.shared or slots.prompts.k[0].shape[:3] == (2, net.cfg.kv_heads, length)
-
-
-def test_prompts_longer_than_a_piece_are_read_in_pieces(net, tok, lists, monkeypatch):
-    prompts = lists["common"] + lists["nested"]
-    keys, knobs = [(i,) for i in range(len(prompts))], {"stop": [2], "max_new": 6, "temperature": 0.8}
-    want = generate(net, prompts, keys, **knobs)
-    sizes, real = [], sample.Decoder.__call__
-    monkeypatch.setattr(sample, "PIECE", 12)
-    monkeypatch.setattr(sample.Decoder, "__call__", lambda m, t, c: sizes.append(t.numel()) or real(m, t, c))
-    assert generate(net, prompts, keys, **knobs) == want
-    assert max(sizes) <= 12
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_a_decoder_computes_what_its_model_does_and_leaves_it_alone(cfg, rows, dtype, monkeypatch):
-    net = random_net(cfg, std=0.1).to(dtype).eval()
-    tokens, tolerance = torch.arange(rows * 7).view(rows, 7) + 5, {"atol": 1e-5 if dtype == torch.float32 else 0.05}
-    places = {name: set(vars(module)) for name, module in net.named_modules()}
-    with torch.no_grad():
-        decoder, want = sample.Decoder(net, rows), net(tokens)[:, -1]
-        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            pytest.skip("this processor has no products in bf16")
-        assert len(decoder.products) == 4 * cfg.layers + 1
-        plain = []
-        for module in net.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.register_forward_pre_hook(lambda module, _: plain.append(module))
-        torch.testing.assert_close(decoder(tokens, net.new_cache(rows, 7)), want, rtol=0, **tolerance)
-        assert len(plain) == 2 * cfg.layers + 1, "those of q, k, v, gate and up are not called"
-        assert {name: set(vars(module)) for name, module in net.named_modules()} == places
-        assert torch.equal(net(tokens)[:, -1], want)
-        monkeypatch.setattr(sample, "free_memory", lambda device: 1000)
-        short = sample.Decoder(net, rows)
-        assert not short.products and torch.allclose(short(tokens, net.new_cache(rows, 7)), want, rtol=0, **tolerance)
-
-
-def test_what_all_prompts_begin_with_is_read_once(net, tok, monkeypatch):
-    common = tok.chat("Where does the otter live? " * 3)
-    prompts = [common + [7 + i] for i in range(20)]
-    fed, real = [], sample.Decoder.__call__
-    monkeypatch.setattr(sample.Decoder, "__call__", lambda m, t, c: fed.append(t.numel()) or real(m, t, c))
-    out = generate(net, prompts, [(i,) for i in range(20)], stop=[], max_new=1, n=3, temperature=0)
-    assert sum(fed) == len(common) + 20
-    with torch.no_grad():
-        assert [ids[0][0] for ids in out] == [net(torch.tensor([p]))[0, -1].argmax().item() for p in prompts]
+def differences(counts: Counter, expected: dict[int, float]) -> list[float]:
+    """How far each measured share is beyond five deviations; negative where it is within."""
+    total = counts.total()
+    return [abs(counts[i] / total - p) - 5 * (p / total) ** 0.5 for i, p in expected.items()]
 
 
 def test_bfloat16_draws_what_its_own_probabilities_say(cfg):
     """Two tokens deep, 4,000 samples; a fixed seed, so this cannot fail by chance."""
-    half, prompt, n = random_net(cfg, std=0.12).to(torch.bfloat16).eval(), [1, 40, 41, 42], 4000
-    drawn = generate(half, [prompt], [("bf16",)], n=n, stop=[], max_new=2, batch=500, temperature=0.7, top_p=0.9)[0]
+    half, prompt = random_net(cfg, std=0.12).to(torch.bfloat16).eval(), [1, 40, 41, 42]
+    settings = {"stop": [], "max_new": 2, "batch": 500, "temperature": 0.7, "top_p": 0.9}
+    (samples,) = generate(half, [prompt], [("bf16",)], n=4000, **settings)
     with torch.no_grad():
         first = nucleus(half(torch.tensor([prompt]))[0, -1], 0.7, 0.9)
         likely = max(first, key=first.get)
         second = nucleus(half(torch.tensor([[*prompt, likely]]))[0, -1], 0.7, 0.9)
-    behind = [b for a, b in drawn if a == likely]
-    for counts, want in ((Counter(a for a, _ in drawn), first), (Counter(behind), second)):
-        total = sum(counts.values())
-        assert all(abs(counts[i] / total - p) < 0.01 + 5 * (p / total) ** 0.5 for i, p in want.items())
-        assert sum(counts[i] for i in want) > 0.98 * total  # a cached logit may round to the other side of the edge
+    behind_likely = Counter(b for a, b in samples if a == likely)
+    for counts, expected in ((Counter(a for a, _ in samples), first), (behind_likely, second)):
+        assert max(differences(counts, expected)) < 0.01
+        inside = sum(counts[i] for i in expected)
+        assert inside > 0.98 * counts.total(), "a cached logit may round to the edge's other side"
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.9), (1.5, 0.5)])
 def test_first_tokens_come_as_often_as_their_probabilities_say(net, temperature, top_p):
-    """10,000 samples of one prompt through the whole machinery; a fixed seed, so this cannot fail by chance."""
+    """10,000 samples through the whole engine; a fixed seed, so this cannot fail by chance."""
     prompt, n = [1, 40, 41, 42], 10_000
-    drawn = [ids[0] for ids in generate(net, [prompt], [("chi",)], n=n, stop=[], max_new=1, batch=n,
-                                        temperature=temperature, top_p=top_p)[0]]  # fmt: skip
+    settings = {"stop": [], "max_new": 1, "batch": n, "temperature": temperature, "top_p": top_p}
+    (samples,) = generate(net, [prompt], [("chi",)], n=n, **settings)
     with torch.no_grad():
-        want = nucleus(net(torch.tensor([prompt]))[0, -1], temperature, top_p)
-    have = Counter(drawn)
-    assert have.keys() <= want.keys() and len(want) > 3
-    common = [i for i, p in want.items() if n * p >= 5]
-    observed = [have[i] for i in common]
-    expected = [n * want[i] for i in common]
-    if rest := n - sum(expected):
-        observed, expected = [*observed, n - sum(observed)], [*expected, rest]
-    scale = sum(observed) / sum(expected)
-    assert stats.chisquare(observed, [e * scale for e in expected]).pvalue > 0.01
+        expected = nucleus(net(torch.tensor([prompt]))[0, -1], temperature, top_p)
+    counts = Counter(ids[0] for ids in samples)
+    assert counts.keys() <= expected.keys() and len(expected) > 3
+    common = [i for i, p in expected.items() if n * p >= 5]
+    observed_counts = [counts[i] for i in common]
+    expected_counts = [n * expected[i] for i in common]
+    if rest := n - sum(expected_counts):
+        observed_counts.append(n - sum(observed_counts))
+        expected_counts.append(rest)
+    scale = sum(observed_counts) / sum(expected_counts)
+    expected_counts = [scale * count for count in expected_counts]
+    assert stats.chisquare(observed_counts, expected_counts).pvalue > 0.01
 
 
-# ---- random numbers
+# ---- random numbers --------------------------------------------------------------------------
 
 
 def test_uniforms_depend_on_the_key_alone():
     torch.manual_seed(1)
     random.seed(1)
-    a = uniforms((0, "M1", "responses", 7, 2), 50)
+    u = uniforms((0, "M1", "responses", 7, 2), 50)
     torch.manual_seed(2)
     torch.rand(10)
-    assert torch.equal(uniforms((0, "M1", "responses", 7, 2), 50), a)
-    assert torch.equal(uniforms((0, "M1", "responses", 7, 2), 20), a[:20]), "a longer row only goes on"
-    others = [(1, "M1", "responses", 7, 2), (0, "M2", "responses", 7, 2), (0, "M1", "votes", 7, 2),
-              (0, "M1", "responses", 8, 2), (0, "M1", "responses", 7, 3), (0, "M1", "responses", "7", 2),
-              (0, "M1", "responses", 72), (0, "M1", "responses", 7)]  # fmt: skip
-    for key in others:
-        assert not torch.equal(uniforms(key, 50), a)
+    assert torch.equal(uniforms((0, "M1", "responses", 7, 2), 50), u)
+    assert torch.equal(uniforms((0, "M1", "responses", 7, 2), 20), u[:20]), "more only go on"
+    other_keys = [
+        (1, "M1", "responses", 7, 2),
+        (0, "M2", "responses", 7, 2),
+        (0, "M1", "votes", 7, 2),
+        (0, "M1", "responses", 8, 2),
+        (0, "M1", "responses", 7, 3),
+        (0, "M1", "responses", "7", 2),
+        (0, "M1", "responses", 72),
+        (0, "M1", "responses", 7),
+    ]
+    for key in other_keys:
+        assert not torch.equal(uniforms(key, 50), u)
 
 
 def test_uniforms_are_uniform_within_and_across_keys():
     within = uniforms(("w",), 20_000)
     across = torch.stack([uniforms(("a", i, k), 2) for i in range(1000) for k in range(4)])
-    for drawn in (within, across[:, 0], across[:, 1]):
-        assert drawn.min() >= 0 and drawn.max() < 1
-        assert stats.kstest(drawn.numpy(), "uniform").pvalue > 0.01
+    for u in (within, across[:, 0], across[:, 1]):
+        assert u.min() >= 0 and u.max() < 1
+        assert stats.kstest(u.numpy(), "uniform").pvalue > 0.01
     assert abs(stats.pearsonr(across[:, 0], across[:, 1]).statistic) < 0.05
     assert abs(stats.pearsonr(across[:-1, 0], across[1:, 0]).statistic) < 0.05
 
 
-# ---- candidates
+# ---- candidates ------------------------------------------------------------------------------
 
 
 def test_responses_are_marked_truncated_iff_they_do_not_end_in_eos(cfg, tok):
-    eager = random_net(cfg)
+    net = random_net(cfg).eval()
     with torch.no_grad():
-        eager.lm_head.weight[tok.eos] *= 1.5  # ends early often, and not always
-    rows = [{"id": i, "prompt": p} for i, p in enumerate(["What is the fox?", "the owl", "Compare", "wolf?"])]
-    out = respond(eager, tok, rows, key=(0, "M1"), n=4, max_new=12, temperature=1.0, top_p=1.0)
-    assert [(r["id"], r["k"]) for r in out] == [(i, k) for i in range(4) for k in range(4)]
-    assert {r["truncated"] for r in out} == {True, False}
-    for r in out:
+        net.lm_head.weight[tok.eos] *= 1.5  # ends early often, and not always
+    texts = ["What is the fox?", "the owl", "Compare", "wolf?"]
+    rows = [{"id": i, "prompt": text} for i, text in enumerate(texts)]
+    settings = {"n": 4, "temperature": 1.0, "top_p": 1.0}
+    responses = respond(net, tok, rows, key=(0, "M1"), max_new=12, **settings)
+    assert [(r["id"], r["k"]) for r in responses] == [(i, k) for i in range(4) for k in range(4)]
+    assert {r["truncated"] for r in responses} == {True, False}
+    for r in responses:
+        assert set(r) == {"id", "k", "prompt", "response", "tokens", "truncated"}
+        assert r["prompt"] == texts[r["id"]]
         assert r["truncated"] == (r["tokens"][-1] != tok.eos)
         assert tok.eos not in r["tokens"][:-1]
         assert len(r["tokens"]) == 12 if r["truncated"] else len(r["tokens"]) <= 12
-        text = tok.decode([t for t in r["tokens"] if t != tok.eos])
+        text = tok.decode([i for i in r["tokens"] if i != tok.eos])
         assert r["response"] == text.strip()
-    ended = next(r for r in out if r["id"] == 0 and not r["truncated"])
-    limit = {"key": (0, "M1"), "n": 4, "temperature": 1.0, "top_p": 1.0, "max_new": len(ended["tokens"])}
-    assert ended in respond(eager, tok, rows[:1], **limit), "an end at the very limit is an end"
-    again = respond(eager, tok, rows[2:3], key=(0, "M1"), n=4, max_new=12, temperature=1.0, top_p=1.0)
-    assert again == out[8:12], "alone as among others"
-    assert respond(eager, tok, rows[:1], key=(1, "M1"), n=4, max_new=12, temperature=1.0, top_p=1.0) != out[:4]
+    ended = next(r for r in responses if r["id"] == 0 and not r["truncated"])
+    max_new = len(ended["tokens"])
+    shorter = respond(net, tok, rows[:1], key=(0, "M1"), max_new=max_new, **settings)
+    assert ended in shorter, "an end at the very limit is an end"
+    alone = respond(net, tok, rows[2:3], key=(0, "M1"), max_new=12, **settings)
+    assert alone == responses[8:12], "alone as among others"
+    other = respond(net, tok, rows[:1], key=(1, "M1"), max_new=12, **settings)
+    assert other != responses[:4]
+
+
+def test_a_row_with_turns_is_a_chat_to_go_on_with(net, tok, monkeypatch):
+    calls = []
+
+    def spy(model, prompts, keys, **settings):
+        calls.append((prompts, keys))
+        return generate(model, prompts, keys, **settings)
+
+    monkeypatch.setattr(sample, "generate", spy)
+    turns = ["Tell me", "The owl hunts.", "Why?"]
+    rows = [{"id": "a", "turns": turns}, {"id": "b", "prompt": "Tell me"}]
+    responses = respond(net, tok, rows, key=(3, "M2"), n=2, max_new=4)
+    ((prompts, keys),) = calls
+    assert prompts == [tok.chat(*turns), tok.chat("Tell me")]
+    assert [ids.count(tok.bos) for ids in prompts] == [2, 1], "one for each turn of a user"
+    assert keys == [(3, "M2", "a"), (3, "M2", "b")]
+    assert [(r["id"], r["prompt"]) for r in responses] == [("a", "Why?")] * 2 + [
+        ("b", "Tell me")
+    ] * 2
 
 
 def test_the_defaults_are_the_papers_settings(net, tok, monkeypatch):
-    seen = {}
+    settings = []
 
     def spy(logits, u, temperature, top_p):
-        seen.update(temperature=temperature, top_p=top_p)
-        return pick(logits, u, temperature, top_p)
+        settings.append((temperature, top_p))
+        return sample_token(logits, u, temperature, top_p)
 
-    monkeypatch.setattr(sample, "pick", spy)
+    monkeypatch.setattr(sample, "sample_token", spy)
     assert len(respond(net, tok, [{"id": 0, "prompt": "Hi"}], key=(0,), max_new=2)) == 4
-    assert seen == {"temperature": 0.7, "top_p": 0.9}
+    assert set(settings) == {(0.7, 0.9)}
 
 
-# ---- the filter of new prompts
+# ---- the filter of new prompts ---------------------------------------------------------------
 
 
-def lcs(a, b):
+def longest_common_subsequence(a, b) -> int:
     """The textbook table."""
     table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
     for i, x in enumerate(a):
         for j, y in enumerate(b):
-            table[i + 1][j + 1] = table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
+            either = max(table[i][j + 1], table[i + 1][j])
+            table[i + 1][j + 1] = table[i][j] + 1 if x == y else either
     return table[-1][-1]
 
 
@@ -548,9 +1099,10 @@ def test_rouge_l_equals_the_textbook_table_on_random_word_lists():
     rng = random.Random(0)
     for _ in range(1500):
         letters = "abcdefghij"[: rng.randint(1, 10)]
-        a, b = ([rng.choice(letters) for _ in range(rng.randint(0, rng.choice([3, 12, 80])))] for _ in range(2))
-        want = 2 * lcs(a, b) / (len(a) + len(b)) if a or b else 0.0
-        assert rouge_l(a, b) == pytest.approx(want)
+        sizes = [rng.randint(0, rng.choice([3, 12, 80])) for _ in range(2)]
+        a, b = ([rng.choice(letters) for _ in range(size)] for size in sizes)
+        expected = 2 * longest_common_subsequence(a, b) / max(1, len(a) + len(b))
+        assert rouge_l(a, b) == pytest.approx(expected)
 
 
 def test_rouge_l_by_hand():
@@ -558,6 +1110,26 @@ def test_rouge_l_by_hand():
     assert rouge_l(a, b) == pytest.approx(2 * 4 / 12)
     assert rouge_l(a, a) == 1.0 and rouge_l(a, []) == 0.0 and rouge_l([], []) == 0.0
     assert rouge_l(a, list(reversed(a))) < 0.6
+
+
+def test_words_are_letters_and_digits_in_lower_case():
+    assert words("Don't STOP: it's 3.5 o'clock!\n") == "don t stop it s 3 5 o clock".split()
+    assert words("?! \n_") == []
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("L'Été naïf, déjà 2 fois", "l été naïf déjà 2 fois".split()),
+        ("Größe ЖИЗНЬ", ["größe", "жизнь"]),
+        ("हिन्दी में", ["हिन्दी", "में"]),  # with its vowel signs
+        ("空が青い。なぜ？", list("空が青いなぜ")),
+        ("用Python写诗", ["用", "python", "写", "诗"]),
+        ("한국어 문장", ["한국어", "문장"]),
+    ],
+)
+def test_words_of_other_scripts_and_characters_where_there_are_no_blanks(text, expected):
+    assert words(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -569,7 +1141,18 @@ def test_rouge_l_by_hand():
         ("word " * 150, None),
         ("word " * 151, "too long"),
         ("- List the four winds", "odd first character"),
-        ("Über den Wolken fliegt er", "odd first character"),
+        ("Über den Wolken fliegt er", None),
+        ("¿Por qué se ve azul el cielo?", None),
+        ("«Pourquoi le ciel est-il bleu ?»", "odd first character"),
+        ("\U0001f600 Why is the sky blue?", "odd first character"),
+        ("空が青く見える理由を説明してください。", None),
+        ("成年人怎样学会游泳？", None),
+        ("อธิบายว่าทำไมท้องฟ้าเป็นสีฟ้า", None),
+        ("आकाश नीला क्यों दिखता है", None),
+        ("空は青い？", "too short"),  # two characters make a word
+        ("空" * 300, None),
+        ("空" * 301, "too long"),
+        ("「空」とは何か説明してください。", "odd first character"),
         ("2 birds sat on a fence", None),
         ("Write a program that adds numbers", "asks for a program"),
         ("Write a programme for the evening", "asks for a program"),
@@ -584,81 +1167,89 @@ def test_rouge_l_by_hand():
     ],
 )
 def test_unfit_prompts_are_dropped_for_the_right_reason(text, reason):
-    assert unfit(text.strip()) == reason
+    assert why_unfit(text.strip()) == reason
 
 
-SEEDS = [f"Where does animal number {i} {verb} today?" for i, verb in enumerate(
-    ["sleep", "hunt", "hide", "swim", "sing", "run", "eat", "drink", "fly", "climb"])]  # fmt: skip
+VERBS = "sleep hunt hide swim sing run eat drink fly climb".split()
+SEEDS = [f"Where does animal number {i} {verb} today?" for i, verb in enumerate(VERBS)]
 TEMPLATE = "New questions:\n1. {1}\n2. {2}\n3. {3}\n4. {4}\n5. {5}\n6. {6}\n7. {7}\n8. {8}\n9."
 
 
-def fresh(number: int) -> str:
+def new_prompt(number: int) -> str:
     """A prompt unlike every other one."""
     rng = random.Random(number)
     return "Tell " + " ".join("".join(rng.choices("bcdfgklmnprstaeiou", k=6)) for _ in range(6))
 
 
 class Writer:
-    """A scripted writer: answers request after request from a list, then with fresh prompts; remembers what it saw."""
+    """A scripted writer: answers one request after the other from a list, then with new prompts;
+    remembers the requests."""
 
-    def __init__(self, tok, script=(), end=None):
-        self.tok, self.script, self.end = tok, list(script), [tok.eos] if end is None else end
-        self.seen, self.keys, self.waves = [], [], []
+    def __init__(self, tok, script=()):
+        self.tok, self.script = tok, list(script)
+        self.requests, self.keys, self.waves = [], [], []
 
     def __call__(self, ids, keys):
-        self.seen += [self.tok.decode(i[1:]) for i in ids]
         assert all(i[0] == self.tok.bos and i.count(self.tok.bos) == 1 for i in ids)
+        self.requests += [self.tok.decode(i[1:]) for i in ids]
         self.waves.append(len(ids))
-        out = []
+        id_lists = []
         for key in keys:
             number = len(self.keys)
             self.keys.append(key)
-            text = self.script[number] if number < len(self.script) else fresh(number)
-            out.append(text if isinstance(text, list) else self.tok.encode(text) + self.end)
-        return out
+            text = self.script[number] if number < len(self.script) else new_prompt(number)
+            if isinstance(text, str):
+                text = [*self.tok.encode(text), self.tok.eos]
+            id_lists.append(text)
+        return id_lists
 
 
-def examples(request: str) -> list[str]:
-    found = re.findall(r"^\d\. (.+)$", request, re.MULTILINE)
-    assert len(found) == 8
-    return found
+def examples_of(request: str) -> list[str]:
+    examples = re.findall(r"^\d\. (.+)$", request, re.MULTILINE)
+    assert len(examples) == 8
+    return examples
 
 
 def test_requests_hold_six_seeds_and_two_accepted_prompts_after_the_first_wave(tok):
     write = Writer(tok)
-    new, tally = propose(write, tok, TEMPLATE, SEEDS, 40, key=(0,), wave=10)
-    assert len(new) == 40 and tally["accepted"] == 40
-    places = Counter()
-    for i, request in enumerate(write.seen):
-        made = [e for e in examples(request) if e in new]
-        assert len(set(examples(request))) == 8, "no example twice"
-        assert sum(e in SEEDS for e in examples(request)) == 8 - len(made)
-        assert len(made) == (0 if i < 10 else 2)
-        assert all(new.index(e) < 10 * (i // 10) for e in made), "only prompts accepted before"
-        places.update(examples(request).index(e) for e in made)
-    assert len(places) == 8, "in random order"
+    prompts, tally = propose(write, tok, TEMPLATE, SEEDS, 40, key=(0,), wave=10)
+    assert len(prompts) == 40 and tally["accepted"] == 40
+    positions = Counter()
+    for i, request in enumerate(write.requests):
+        examples = examples_of(request)
+        generated = [e for e in examples if e in prompts]
+        assert len(set(examples)) == 8, "no example twice"
+        assert sum(e in SEEDS for e in examples) == 8 - len(generated)
+        assert len(generated) == (0 if i < 10 else 2)
+        first_of_wave = 10 * (i // 10)
+        assert all(prompts.index(e) < first_of_wave for e in generated), "accepted before"
+        positions.update(examples.index(e) for e in generated)
+    assert len(positions) == 8, "in random order"
 
 
 def test_the_length_of_a_request_does_not_grow_over_calls(tok):
-    write, seeds, taken = Writer(tok), list(SEEDS), []
+    write, seeds, earlier = Writer(tok), list(SEEDS), []
     for call in range(4):
-        taken += propose(write, tok, TEMPLATE, seeds, 12, key=(call,), wave=4, taken=taken)[0]
-    assert len(taken) == 48 and seeds == SEEDS
-    assert all(len(examples(r)) == 8 and len(r.split("\n")) == 10 for r in write.seen)
+        prompts, _ = propose(write, tok, TEMPLATE, seeds, 12, key=(call,), wave=4, earlier=earlier)
+        earlier += prompts
+    assert len(set(earlier)) == 48 and seeds == SEEDS
+    for request in write.requests:
+        assert len(examples_of(request)) == 8 and len(request.split("\n")) == 10
 
 
 def test_every_bad_prompt_is_dropped_and_counted_by_its_reason(tok):
-    taken, held_out = ["Tell me which boots the ferryman wore", fresh(1001)], ["Why is the evening sky so red? \n"]
-    good = fresh(1002)
+    earlier = ["Tell me which boots the ferryman wore", new_prompt(1001)]
+    held_out = "Why is the evening sky so red?"
+    good = new_prompt(1002)
     near = " ".join(good.split()[:-1] + ["otherwise"])  # six of seven words in common
     part = " ".join(good.split()[:4])  # rouge 8/11
-    double = good + " " + " ".join(fresh(1003).split()[1:]) + " indeed"  # rouge 14/21
+    double = good + " " + " ".join(new_prompt(1003).split()[1:]) + " indeed"  # rouge 14/21
     script = {
         SEEDS[3]: "too similar",
         SEEDS[4].upper(): "too similar",
-        taken[0]: "too similar",
-        taken[1]: "too similar",
-        held_out[0].strip(): "held out",
+        earlier[0]: "too similar",
+        earlier[1]: "too similar",
+        held_out: "held out",
         good: "accepted",
         good + " ": "too similar",
         near: "too similar",
@@ -671,324 +1262,472 @@ def test_every_bad_prompt_is_dropped_and_counted_by_its_reason(tok):
         "Describe this picture in two words": "asks for more than text",
         "": "too short",
     }
-    write = Writer(tok, [*script, tok.encode("Tell me all that you know about") + [tok.encode("a")[-1]]])
-    new, tally = propose(write, tok, TEMPLATE, SEEDS, 20, key=(0,), taken=taken, held_out=held_out, wave=5)
-    want = Counter(script.values()) + Counter(["cut by the length limit"])
-    assert {k: v for k, v in tally.items() if v and k != "accepted"} == {k: v for k, v in want.items() if k != "accepted"}  # fmt: skip  # noqa: E501
-    assert tally["accepted"] == len(new) == len(set(new)) == 20
-    assert good in new and double in new
-    assert not set(new) & {*SEEDS, *taken, held_out[0].strip(), near, part}
+    cut_ids = [*tok.encode("Tell me all that you know about"), tok.encode("a")[-1]]
+    write = Writer(tok, [*script, cut_ids])
+    rows = {"earlier": earlier, "held_out": [held_out + " \n"]}
+    prompts, tally = propose(write, tok, TEMPLATE, SEEDS, 20, key=(0,), wave=5, **rows)
+    expected = Counter(script.values()) + Counter(["cut by the length limit"])
+    assert tally == expected | Counter(accepted=20)
+    assert len(prompts) == len(set(prompts)) == 20
+    assert good in prompts and double in prompts
+    assert not set(prompts) & {*SEEDS, *earlier, held_out, near, part}
+
+
+JAPANESE = """空が青く見える理由を説明してください。
+家庭での酢の使い道を三つ挙げてください。
+大人になってから泳ぎを覚えるにはどうすればよいですか。
+冬についての短い詩を書いてください。
+一週間の山歩きに何を持って行けばよいですか。
+勉強のときの紅茶とコーヒーを比べてください。
+レンズ豆のスープの作り方を教えてください。
+自転車はなぜ倒れずに走れるのですか。
+小さなパン屋の名前を提案してください。
+預金の税金の仕組みを教えてください。""".split("\n")
+
+
+def test_prompts_of_a_language_without_blanks_are_told_apart(tok):
+    """Ten ordinary ones are accepted and a near copy of a seed is not."""
+    seeds, script = JAPANESE[:2], [JAPANESE[0].replace("青", "赤"), *JAPANESE[2:]]
+    prompts, tally = propose(Writer(tok, script), tok, "{1}\n{2}\n", seeds, 8, key=(0,))
+    assert prompts == JAPANESE[2:]
+    assert tally == {"accepted": 8, "too similar": 1}
 
 
 def test_no_prompt_comes_twice_even_where_similar_ones_are_allowed(tok):
-    taken, made = [fresh(2001)], fresh(2002)
-    write = Writer(tok, [SEEDS[0], taken[0], made, made])
-    new, tally = propose(write, tok, TEMPLATE, SEEDS, 5, key=(0,), taken=taken, rouge=1.0)
-    assert len(set(new)) == 5 and made in new
-    assert not set(new) & {*SEEDS, *taken} and sum(tally.values()) == 5 + 3
+    earlier, again = [new_prompt(2001)], new_prompt(2002)
+    write = Writer(tok, [SEEDS[0], earlier[0], again, again])
+    prompts, tally = propose(write, tok, TEMPLATE, SEEDS, 5, key=(0,), earlier=earlier, rouge=1.0)
+    assert len(set(prompts)) == 5 and again in prompts
+    assert not set(prompts) & {*SEEDS, *earlier} and tally.total() == 5 + 3
 
 
 def test_the_first_line_of_what_is_written_is_the_new_prompt(tok):
     newline = tok.encode("a\n")[-1]
     assert newline in tok.newlines
-    one, two = fresh(1), fresh(2)
-    write = Writer(tok, [tok.encode(f"  {one} ") + [newline], tok.encode(f"{two}\nAnswer: no") + [tok.eos]])
-    new, _ = propose(write, tok, TEMPLATE, SEEDS, 2, key=(0,))
-    assert new == [one, two]
+    one, two = new_prompt(1), new_prompt(2)
+    until_newline = [*tok.encode(f"  {one} "), newline]
+    write = Writer(tok, [until_newline, f"{two}\nAnswer: no"])
+    prompts, _ = propose(write, tok, TEMPLATE, SEEDS, 2, key=(0,))
+    assert prompts == [one, two]
 
 
 def test_equal_keys_give_equal_requests_and_other_keys_others(tok):
     runs = []
     for key in [(0, "a"), (0, "a"), (1, "a")]:
         write = Writer(tok)
-        runs.append((propose(write, tok, TEMPLATE, SEEDS, 15, key=key, wave=6), write.seen, write.keys))
+        proposal = propose(write, tok, TEMPLATE, SEEDS, 15, key=key, wave=6)
+        runs.append((proposal, write.requests, write.keys))
     assert runs[0] == runs[1]
     assert runs[0][1] != runs[2][1]
-    assert len(set(runs[0][2])) == len(runs[0][2]), "every request has random numbers of its own"
-    assert not set(runs[0][2]) & set(runs[2][2])
+    keys, other_keys = runs[0][2], runs[2][2]
+    assert len(set(keys)) == len(keys), "every request has random numbers of its own"
+    assert not set(keys) & set(other_keys)
 
 
 def test_braces_in_seed_prompts_survive(tok):
     write = Writer(tok)
     seeds = [f"What does {{{i}}} mean in template {i}?" for i in range(1, 9)]
     propose(write, tok, TEMPLATE, seeds, 1, key=(0,))
-    assert sorted(examples(write.seen[0])) == sorted(seeds)
+    assert sorted(examples_of(write.requests[0])) == sorted(seeds)
 
 
 def test_examples_share_the_room_and_a_longer_prompt_is_never_shown(tok):
     long = "Tell " + "x1y2 " * 100
     write = Writer(tok)
-    new, _ = propose(write, tok, "{1}\n{2}\nnext:", [*SEEDS, long], 30, key=(0,), room=150)
-    assert len(new) == 30 and all(len(tok.raw(r)) <= 150 for r in write.seen)
-    assert not any("x1y2" in r for r in write.seen)
-    with pytest.raises(BadInput, match=r"0 of \d+ seed prompts fit"):
-        propose(Writer(tok), tok, TEMPLATE, SEEDS, 5, key=(0,), room=3)
+    prompts, _ = propose(
+        write, tok, "{1}\n{2}\nnext:", [*SEEDS, long], 30, key=(0,), max_request_tokens=150
+    )
+    assert len(prompts) == 30
+    assert all(len(tok.encode_with_bos(request)) <= 150 for request in write.requests)
+    assert not any("x1y2" in request for request in write.requests)
+    with pytest.raises(UserError, match=r"0 of 10 seed prompts fit"):
+        propose(Writer(tok), tok, TEMPLATE, SEEDS, 5, key=(0,), max_request_tokens=3)
 
 
 def test_a_writer_that_repeats_itself_is_given_up_after_bounded_attempts(tok):
-    write = Writer(tok, [fresh(0)] * 10_000)
-    with pytest.raises(BadInput, match=r"only 1 of 7 .*too similar") as e:
+    write = Writer(tok, [new_prompt(0)] * 10_000)
+    with pytest.raises(UserError, match=r"only 1 of 7 .*too similar") as e:
         propose(write, tok, TEMPLATE, SEEDS, 7, key=(0,), attempts=3, wave=4)
     assert "\n" not in str(e.value)
     assert 21 <= len(write.keys) <= 21 + 4 and max(write.waves) <= 4
 
 
 @pytest.mark.parametrize(
-    "template, seeds", [("no place", SEEDS), (TEMPLATE, SEEDS[:7]), ("{1} {3}", SEEDS), ("", SEEDS)]
+    "template, seeds",
+    [("no place", SEEDS), (TEMPLATE, SEEDS[:7]), ("{1} {3}", SEEDS), ("{0} {1}", SEEDS)],
 )
 def test_a_template_that_cannot_be_filled_is_refused(tok, template, seeds):
-    with pytest.raises(BadInput, match="template"):
+    with pytest.raises(UserError, match="template") as e:
         propose(Writer(tok), tok, template, seeds, 1, key=(0,))
+    assert "\n" not in str(e.value)
 
 
-# ---- in the terminal
+# ---- rows of JSON lines ----------------------------------------------------------------------
+
+GOOD_ROW = '{"prompt": "p", "response": "r", "more": 1}'
 
 
-def test_the_streamed_answer_equals_the_generated_one(net, tok, capsys):
-    knobs = {"max_new": 30, "temperature": 1.0, "top_p": 0.95}
-    for key in range(5):
-        text = say(net, tok, ["Tell me", "no", "why?"], (key,), **knobs)
+@pytest.mark.parametrize(
+    "line, why",
+    [
+        ('{"prompt": "p", "response": ', "JSON"),
+        ("prompt,response", "JSON"),
+        ("{'prompt': 'p', 'response': 'r'}", "JSON"),
+        ("\ufeff" + GOOD_ROW, "JSON"),
+        ('{"prompt": "p"}', "response"),
+        ('{"prompt": "p", "response": ""}', "response"),
+        ('{"prompt": null, "response": "r"}', "prompt"),
+        ("{}", "prompt and response"),
+        ('["p", "r"]', "prompt"),
+        ('"p"', "prompt"),
+        ("7", "prompt"),
+        ("null", "prompt"),
+        ('{"prompt": 7, "response": "r"}', "prompt"),
+        ('{"prompt": "  ", "response": "r"}', "prompt"),
+        ('{"prompt": {"text": "p"}, "response": "r"}', "prompt"),
+        ('{"prompt": "p", "response": "half \\ud83d"}', "'\\ud83d' alone is no character"),
+        ('{"prompt": "p", "response": "r", "turns": [{"\\ude00": 1}]}', "no character"),
+    ],
+)
+def test_a_malformed_row_is_named_by_file_and_line(tmp_path, line, why):
+    path = tmp_path / "ift.jsonl"
+    path.write_text(f"{GOOD_ROW}\n\n{line}\n{GOOD_ROW}\n", encoding="utf-8")
+    with pytest.raises(UserError) as e:
+        read_jsonl(path, "prompt", "response")
+    message = str(e.value)
+    assert message.startswith(f"{path}:3: ") and why in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "line, usable",
+    [
+        ('{"turns": ["a"], "reference_chosen": -3.5}', True),
+        ('{"turns": [], "reference_chosen": -3.5}', False),
+        ('{"turns": "ab", "reference_chosen": -3.5}', False),
+        ('{"turns": ["a"], "reference_chosen": null}', False),
+        ('{"turns": ["a"], "reference_chosen": "-3.5"}', False),
+    ],
+)
+def test_lists_are_not_empty_and_log_probabilities_are_numbers(tmp_path, line, usable):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(line)
+    if usable:
+        assert read_jsonl(path, "turns", "reference_chosen") == [json.loads(line)]
+    else:
+        with pytest.raises(UserError, match=r"rows.jsonl:1: no usable (turns|reference_chosen);"):
+            read_jsonl(path, "turns", "reference_chosen")
+
+
+def test_escaped_characters_of_two_halves_are_read(tmp_path):
+    path = tmp_path / "ift.jsonl"
+    path.write_text('{"prompt": "\\ud83d\\ude00 \\u00e9 \\\\ud83d", "response": "r"}')
+    assert read_jsonl(path)[0]["prompt"] == "\U0001f600 \u00e9 \\ud83d"
+
+
+def test_a_file_without_rows_is_named_unless_it_may_be_empty_or_missing(tmp_path):
+    empty, missing = tmp_path / "empty.jsonl", tmp_path / "missing.jsonl"
+    for content in (b"", b"\n \n"):
+        empty.write_bytes(content)
+        for settings in ({}, {"missing_ok": True}):
+            with pytest.raises(UserError, match="empty.jsonl: holds no rows"):
+                read_jsonl(empty, "prompt", **settings)
+        assert read_jsonl(empty, "prompt", allow_empty=True) == []
+    for settings in ({}, {"allow_empty": True}):
+        with pytest.raises(UserError, match="missing.jsonl: not found"):
+            read_jsonl(missing, **settings)
+    assert read_jsonl(missing, "prompt", missing_ok=True) == []
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes('{"prompt": "Käse"}'.encode("latin-1"))
+    with pytest.raises(UserError, match="latin.jsonl: byte 13 is not UTF-8"):
+        read_jsonl(latin)
+
+
+def test_good_rows_come_back_whole(tmp_path):
+    rows = [
+        {"prompt": "a\u2028b \x85 c", "response": "😀\n", "n": 0},
+        {"prompt": "{}", "response": "</s>", "x": None},
+    ]
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_bytes("\r\n\n".join(lines).encode())
+    assert read_jsonl(path, "prompt", "response") == rows
+
+
+# ---- settings of a model folder --------------------------------------------------------------
+
+PAPER = {"temperature": 0.7, "top_p": 0.9}
+
+
+@pytest.mark.parametrize(
+    "sampling, expected",
+    [
+        (None, PAPER),
+        ({"temperature": 1.0, "top_p": 0.95}, {"temperature": 1.0, "top_p": 0.95}),
+        ({"temperature": 0.0, "top_p": 1.0}, {"temperature": 0.0, "top_p": 1.0}),
+    ],
+)
+def test_a_folder_says_how_its_model_is_sampled(net, tok, tmp_path, sampling, expected):
+    save(net, tok, tmp_path / "M1", sampling)
+    assert sampling_settings(tmp_path / "M1") == expected
+    assert sampling_settings(str(tmp_path / "M1")) == expected
+
+
+def test_the_papers_settings_stand_in_for_what_a_folder_does_not_say(tmp_path):
+    assert sampling_settings(tmp_path) == PAPER
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"temperature": 0.6, "eos_token_id": 2}')
+    assert sampling_settings(tmp_path) == PAPER | {"temperature": 0.6}
+    path.write_text("{")
+    with pytest.raises(UserError, match="generation_config.json: not valid JSON"):
+        sampling_settings(tmp_path)
+
+
+def test_a_model_is_loaded_to_be_asked(net, tok, tmp_path):
+    save(net, tok, tmp_path / "M1")
+    model, vocabulary = load_for_sampling(tmp_path / "M1")
+    assert not model.training and vocabulary.size == tok.size
+    on_cpu = not torch.cuda.is_available()
+    assert next(model.parameters()).dtype == (torch.float32 if on_cpu else torch.bfloat16)
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        load_for_sampling(tmp_path / "nowhere")
+
+
+# ---- in the terminal -------------------------------------------------------------------------
+
+
+def test_the_printed_response_equals_the_generated_one(net, tok, capsys):
+    settings = {"max_new": 30, "temperature": 1.0, "top_p": 0.95}
+    turns = ["Tell me", "no", "why?"]
+    num_cut = 0
+    for seed in range(5):
+        text = print_response(net, tok, turns, (seed,), **settings)
         assert capsys.readouterr().out == text + "\n"
-        want = generate(net, [tok.chat("Tell me", "no", "why?")], [(key,)], stop=[tok.eos], **knobs)[0][0]
-        whole = tok.decode([i for i in want if i != tok.eos])
-        assert whole.rstrip("\ufffd").startswith(text.rstrip("\ufffd")) and len(text) >= len(whole.rstrip("\ufffd"))
+        ((ids,),) = generate(net, [tok.chat(*turns)], [(seed,)], stop=[tok.eos], **settings)
+        whole = tok.decode([i for i in ids if i != tok.eos])
+        assert whole.startswith(text) and whole[len(text) :].strip("\ufffd") == ""
+        num_cut += whole != text
+    assert num_cut < 5, "only half of a character at the very end is left out"
 
 
-def command(*args):
-    return subprocess.run([sys.executable, "sample.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+def test_a_character_that_is_spelt_in_bytes_is_printed_when_it_is_whole(net, tok, monkeypatch):
+    """Of each step's text, the terminal sees no half of a character."""
+    ids = [*tok.encode("a \U0001f600 b"), tok.eos]
+    assert len(ids) > 8, "the emoji is four tokens"
+    pieces = []
+    monkeypatch.setattr(sample, "generate_stream", lambda *_, **__: (([0], [i]) for i in ids))
+    monkeypatch.setattr(sample, "print", lambda *text, **_: pieces.extend(text), raising=False)
+    assert print_response(net, tok, ["Hi"], (0,)) == "a \U0001f600 b"
+    assert "".join(pieces) == "a \U0001f600 b"
+    assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_the_command_answers_one_prompt_with_the_sample_its_seed_names(shared):
-    folder = shared / "stories260K" / "hf"
-    made = command(
-        folder, "Once upon a time", "--temperature", "0.8", "--top-p", "0.95", "--max-new", "20", "--seed", "7"
-    )
-    net, tok = load(folder)
-    knobs = {"max_new": 20, "temperature": 0.8, "top_p": 0.95}
-    want = generate(net, [tok.chat("Once upon a time")], [(7, 0)], stop=[tok.eos], **knobs)[0][0]
-    assert made.returncode == 0, made.stderr
-    assert made.stdout == tok.decode([i for i in want if i != tok.eos]) + "\n"
+def type_lines(monkeypatch, *lines):
+    """Lines that somebody types, then Ctrl-D."""
+    waiting = iter(lines)
 
-
-def test_the_chat_remembers_its_turns_until_an_empty_line(shared, monkeypatch, capsys):
-    lines, seen = iter(["Once there was", "and then", "", "Again"]), []
-
-    def type_in(mark):
+    def type_next(mark):
         try:
-            return next(lines)
+            return next(waiting)
         except StopIteration:
             raise EOFError from None
 
-    def spy(model, prompts, *args, **knobs):
-        seen.extend(prompts)
-        return stream(model, prompts, *args, **knobs)
-
-    monkeypatch.setattr("builtins.input", type_in)
-    monkeypatch.setattr(sample, "stream", spy)
-    folder = shared / "stories260K" / "hf"
-    monkeypatch.setattr(sys, "argv", ["sample.py", str(folder), "--max-new", "5"])
-    sample.main()
-    _, first, second, third, _ = capsys.readouterr().out.split("\n", 4)
-    tok = load(folder)[1]
-    assert seen == [tok.chat("Once there was"), tok.chat("Once there was", first, "and then"), tok.chat("Again")]
-    assert second and third
+    monkeypatch.setattr("builtins.input", type_next)
 
 
-def test_a_chat_that_outgrows_the_context_begins_anew_with_the_line_at_hand(shared, monkeypatch, capsys):
-    seen, folder = [], shared / "stories260K" / "hf"
-    net, tok = load(folder)
-    lines = iter(["Once there was a dog and " * 4 + str(n) for n in range(12)])
-    monkeypatch.setattr("builtins.input", lambda mark: next(lines))
-    monkeypatch.setattr(sample, "say", lambda model, tok, turns, *_, **__: seen.append(list(turns)) or "So it was.")
-    with pytest.raises(StopIteration):
-        sample.chat(net, tok, 0, max_new=60, temperature=1.0, top_p=1.0)
-    assert len(seen) == 12 and all(turns[-1].endswith(f" {n}") for n, turns in enumerate(seen))
-    lengths = [len(tok.chat(*turns)) + 60 for turns in seen]
-    assert max(lengths) <= net.cfg.max_len and [len(turns) for turns in seen].count(1) > 1
-    assert capsys.readouterr().out.count("outgrown the context of 512 tokens") == [len(t) for t in seen].count(1) - 1
+def spy_on_responses(monkeypatch) -> list[tuple]:
+    """The (turns, key, response) of every response that is printed from now on."""
+    calls = []
+
+    def spy(model, tok, turns, key, **settings):
+        turns = list(turns)
+        text = print_response(model, tok, turns, key, **settings)
+        calls.append((turns, key, text))
+        return text
+
+    monkeypatch.setattr(sample, "print_response", spy)
+    return calls
+
+
+def test_the_chat_remembers_its_turns_until_an_empty_line(net, tok, monkeypatch, capsys):
+    type_lines(monkeypatch, "Once there was ", "and then", "", "Again")
+    calls = spy_on_responses(monkeypatch)
+    sample.chat(net, tok, 4, max_new=5, temperature=1.0, top_p=1.0)
+    (_, _, first), (_, _, second), (_, _, third) = calls
+    assert [turns for turns, _, _ in calls] == [
+        ["Once there was"],
+        ["Once there was", first, "and then"],
+        ["Again"],
+    ]
+    assert [key for _, key, _ in calls] == [(4, 1), (4, 3), (4, 1)]
+    help_line, *lines = capsys.readouterr().out.split("\n")
+    assert "empty line" in help_line and "Ctrl-D" in help_line
+    assert "\n".join(lines) == f"{first}\n{second}\n{third}\n\n"
+
+
+def test_ctrl_c_ends_a_chat_as_ctrl_d_does(net, tok, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    type_lines(monkeypatch, "Hi", "never typed")
+    monkeypatch.setattr(sample, "print_response", interrupted)
+    sample.chat(net, tok, 0, max_new=5, temperature=0, top_p=1.0)
+    assert capsys.readouterr().out.endswith("ends.\n\n")
+
+
+def test_a_chat_that_outgrows_the_context_begins_anew_with_the_line_at_hand(
+    net, tok, monkeypatch, capsys
+):
+    chats = []
+
+    def say_little(model, tok, turns, *_, **__):
+        chats.append(list(turns))
+        return "So it was."
+
+    lines = ["Tell me about the owl and the fox " * 2 + str(number) for number in range(12)]
+    type_lines(monkeypatch, *lines)
+    monkeypatch.setattr(sample, "print_response", say_little)
+    sample.chat(net, tok, 0, max_new=60, temperature=1.0, top_p=1.0)
+    assert [turns[-1] for turns in chats] == lines
+    assert max(len(tok.chat(*turns)) + 60 for turns in chats) <= net.cfg.max_len
+    num_chats = [len(turns) for turns in chats].count(1)
+    assert 1 < num_chats < 12
+    out = capsys.readouterr().out
+    assert out.count("(more than the context of 512 tokens: a new chat begins)") == num_chats - 1
 
 
 def test_a_line_that_cannot_be_answered_does_not_end_a_chat(net, tok, monkeypatch, capsys):
-    lines, said = iter(["Hi", "the owl " * 400, "\udcff", "Hi"]), []
-    monkeypatch.setattr("builtins.input", lambda mark: next(lines))
-    real = sample.say
-    monkeypatch.setattr(sample, "say", lambda *args, **knobs: said.append(real(*args, **knobs)) or said[-1])
-    with pytest.raises(StopIteration):
-        sample.chat(net, tok, 0, max_new=5, temperature=0, top_p=1.0)
+    type_lines(monkeypatch, "Hi", "the owl " * 400, "\udcff", "Hi")
+    calls = spy_on_responses(monkeypatch)
+    sample.chat(net, tok, 0, max_new=5, temperature=0, top_p=1.0)
     out = capsys.readouterr().out
-    assert len(said) == 2 and said[0] == said[1] and out.count(": a new chat begins)") == 2
-    assert "more than the context of 512" in out and "half of a surrogate pair" in out
+    assert len(calls) == 2 and calls[0] == calls[1]
+    assert out.count("(more than the context of 512 tokens: a new chat begins)") == 1
+    assert out.count("allow fewer new tokens: a new chat begins)") == 1
+    assert out.count("half of a surrogate pair; mend it: a new chat begins)") == 1
+
+
+@pytest.fixture
+def folder(net, tok, tmp_path):
+    """A model folder of a run that samples at temperature 1, top-p 0.95."""
+    save(net, tok, tmp_path / "M3", {"temperature": 1.0, "top_p": 0.95})
+    return tmp_path / "M3"
+
+
+def run_main(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, args)])
+    sample.main()
+
+
+@pytest.mark.parametrize(
+    "flags, settings",
+    [
+        ([], {"temperature": 1.0, "top_p": 0.95, "max_new": 256}),
+        (["--temperature", 0], {"temperature": 0.0, "top_p": 0.95, "max_new": 256}),
+        (["--top-p", 0.5], {"temperature": 1.0, "top_p": 0.5, "max_new": 256}),
+        (["--max-new", 9, "--seed", 7], {"temperature": 1.0, "top_p": 0.95, "max_new": 9}),
+    ],
+)
+def test_flags_come_before_the_settings_of_the_folder(folder, flags, settings, monkeypatch):
+    calls = []
+    monkeypatch.setattr(sample, "print_response", lambda *args, **kw: calls.append((args, kw)))
+    monkeypatch.setattr(sample, "chat", lambda *args, **kw: calls.append((args, kw)))
+    run_main(monkeypatch, folder, "Hi there", *flags)
+    run_main(monkeypatch, folder, *flags)
+    (_, _, turns, key), response_settings = calls[0]
+    seed = 7 if "--seed" in flags else 0
+    assert (turns, key, response_settings) == (["Hi there"], (seed, 0), settings)
+    (_, _, chat_seed), chat_settings = calls[1]
+    assert (chat_seed, chat_settings) == (seed, settings)
 
 
 @pytest.mark.parametrize(
     "args, message",
-    [(["Hi", "--top-p", "0"], "top-p"), (["Hi " * 400], "context"), (["Hi", "--max-new", "0"], "max_new")],
+    [
+        (["Hi", "--top-p", "0"], "top-p"),
+        (["Hi", "--temperature", "-1"], "temperature"),
+        (["Hi " * 400], "context"),
+        (["Hi", "--max-new", "0"], "max_new"),
+    ],
 )
-def test_the_command_refuses_what_it_cannot_do(shared, monkeypatch, args, message):
-    monkeypatch.setattr(sys, "argv", ["sample.py", str(shared / "stories260K" / "hf"), *args])
-    with pytest.raises(BadInput, match=message):
-        sample.main()
+def test_the_command_refuses_what_it_cannot_do(folder, monkeypatch, args, message):
+    with pytest.raises(UserError, match=message):
+        run_main(monkeypatch, folder, *args)
 
 
-def test_the_command_reports_bad_input_in_one_line_and_with_exit_status_1():
-    made = command("/nowhere", "Hi")
-    assert made.returncode == 1 and made.stdout == ""
-    assert made.stderr.startswith("error: /nowhere") and made.stderr.count("\n") == 1
+def run_file(monkeypatch, *args):
+    """`python sample.py ...` in this process."""
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, args)])
+    runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
 
 
-# ---- files of prompts in, files of answers out
-
-QUESTIONS = [
-    {"question_id": 81, "category": "writing", "turns": ["Tell me about the owl", "And the {wolf}?"]},
-    {"question_id": 111, "category": "math", "turns": ["Where does the otter live?", "Why?"]},
-    {"question_id": 141, "category": "stem", "turns": ["Compare the bear with the seal."]},
-]
-ASKED = {"max_new": 12, "top_p": 0.95, "batch": 2}
-
-
-def test_the_second_turn_of_a_question_sees_the_first_and_its_answer(net, tok):
-    (done,) = answer(net, tok, QUESTIONS, key=(3,), temperature=None, **ASKED)
-    assert [len(q["responses"]) for q in done] == [2, 2, 1]
-    for i, (q, t) in enumerate(zip(done, (0.7, 0.0, 0.1), strict=True)):  # as FastChat does for these categories
-        said = []
-        for turn, text in enumerate(q["turns"]):
-            said.append(text)
-            ids = generate(
-                net, [tok.chat(*said)], [(3, turn, i)], stop=[tok.eos], max_new=12, temperature=t, top_p=0.95
-            )
-            whole = ids[0][0]
-            said.append(tok.decode([i for i in whole if i != tok.eos]).strip())
-            assert (q["responses"][turn], q["truncated"][turn]) == (said[-1], whole[-1] != tok.eos)
+def test_the_command_answers_one_prompt_with_the_sample_its_seed_names(
+    shared, monkeypatch, capsys
+):
+    folder = shared / "stories260K" / "hf"
+    flags = ["--temperature", 0.8, "--top-p", 0.95, "--max-new", 20, "--seed", 7]
+    run_file(monkeypatch, folder, "Once upon a time", *flags)
+    net, tok = load(folder)
+    settings = {"max_new": 20, "temperature": 0.8, "top_p": 0.95}
+    prompt = tok.chat("Once upon a time")
+    ((ids,),) = generate(net.eval(), [prompt], [(7, 0)], stop=[tok.eos], **settings)
+    assert capsys.readouterr().out == tok.decode([i for i in ids if i != tok.eos]) + "\n"
 
 
-def test_a_temperature_that_is_given_counts_for_all_categories(net, tok):
-    (greedy,) = answer(net, tok, QUESTIONS, key=(3,), temperature=0.0, **ASKED)
-    for q in greedy:
-        want = generate(net, [tok.chat(q["turns"][0])], [()], stop=[tok.eos], max_new=12, temperature=0)[0][0]
-        assert q["responses"][0] == tok.decode([i for i in want if i != tok.eos]).strip()
+def test_the_command_reports_what_the_user_must_mend_in_one_line(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as e:
+        run_file(monkeypatch, "/nowhere", "Hi")
+    assert e.value.code.startswith("error: /nowhere: ") and "\n" not in e.value.code
+    assert capsys.readouterr().out == ""
 
 
-def test_ctrl_c_keeps_the_batches_that_are_answered(net, tok, tmp_path, monkeypatch):
-    calls, real = [], sample.respond
+def fail(error):
+    def main():
+        raise error
 
-    def interrupted(*args, **knobs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*args, **knobs)
-
-    rows = [{"turns": [f"Number {i}"]} for i in range(10)]
-    whole = [*answer(net, tok, rows, key=(0,), temperature=1.0, max_new=4, top_p=1.0, batch=1)]
-    assert [len(group) for group in whole] == [4, 4, 2]
-    monkeypatch.setattr(sample, "respond", interrupted)
-    monkeypatch.setattr(sample, "load_here", lambda folder: (net, tok))
-    asked, out = tmp_path / "asked.json", tmp_path / "said.jsonl"
-    asked.write_text(json.dumps([{"prompt": q["turns"][0]} for q in rows]))
-    flags = ["--batch", "1", "--temperature", "1", "--top-p", "1", "--max-new", "4"]
-    monkeypatch.setattr(sys, "argv", ["sample.py", "M", "--prompts", str(asked), "--out", str(out), *flags])
-    with pytest.raises(SystemExit, match=r"interrupted: .*said.jsonl has the first 8 of 10 answers"):
-        sample.main()
-    assert out.read_text() == as_file([*whole[0], *whole[1]], "M", "asked", ".jsonl")
-    out.unlink()
-    calls[:] = [1]
-    monkeypatch.setattr(sample, "as_file", lambda *_: sys.exit("the file was about to be written"))  # after one group
-    with pytest.raises(SystemExit, match="about to be written"):
-        sample.main()
-    assert len(calls) == 2
-
-
-def test_a_question_that_leaves_no_room_is_named_before_any_is_answered(net, tok, monkeypatch):
-    monkeypatch.setattr(sample, "respond", None)
-    long = {"question_id": 1, "turns": ["Hi", "the owl " * 60]}
-    with pytest.raises(BadInput, match=r"^prompt 2 may need \d+ tokens with its answers, more than the context of 512"):
-        next(answer(net, tok, [QUESTIONS[0], long], key=(), temperature=None, **ASKED | {"max_new": 200}))
-
-
-READ = {
-    "alpaca.json": ('[{"instruction": "Why?", "output": "x", "dataset": "koala"}]', [["Why?"]]),
-    "rows.jsonl": ('{"prompt": "a"}\n\n{"instruction": "b{}"}\n', [["a"], ["b{}"]]),
-    "question.jsonl": ('{"question_id": 1, "category": "math", "turns": ["a", "b"]}\n', [["a", "b"]]),
-}
-
-
-@pytest.mark.parametrize("name", READ)
-def test_prompt_files_of_all_shapes_are_read(tmp_path, name):
-    text, turns = READ[name]
-    (tmp_path / name).write_text(text)
-    assert [q["turns"] for q in read_questions(tmp_path / name)] == turns
+    return main
 
 
 @pytest.mark.parametrize(
-    "name, text, message",
+    "error, code",
     [
-        ("a.json", "[]", "holds no prompts"),
-        ("a.json", "{}", "not a JSON list"),
-        ("a.json", '["Why?"]', "row 1 has no text"),
-        ("a.json", '[{"prompt": "a"}, {"prompt": null}]', "row 2 has no text"),
-        ("a.jsonl", '{"prompt": 7}', "row 1 has no text"),
-        ("a.jsonl", '{"turns": "abc"}', "row 1 has no text"),
-        ("a.jsonl", '{"turns": ["a", " "], "question_id": 1}', "row 1 has no text"),
-        ("a.jsonl", '{"turns": ["a", "b"]}', "row 1 has 2 turns and no question_id"),
-        ("a.jsonl", "", "holds no rows"),
-        ("gone.jsonl", None, "not found"),
-        ("gone.json", None, "not found"),
+        (UserError("/nowhere: not found; mend it"), "error: /nowhere: not found; mend it"),
+        (OSError(28, "No space left on device"), "error: output: No space left on device"),
+        (PermissionError(13, "Permission denied", "a/b"), "error: a/b: Permission denied"),
+        (KeyboardInterrupt(), 130),
+        (SystemExit(2), 2),
     ],
 )
-def test_a_prompt_file_that_cannot_be_used_is_named(tmp_path, name, text, message):
-    if text is not None:
-        (tmp_path / name).write_text(text)
-    with pytest.raises(BadInput, match=re.escape(str(tmp_path / name)) + ".*" + message):
-        read_questions(tmp_path / name)
-
-
-def test_files_of_answers_have_the_shapes_their_readers_want():
-    done = [{"turns": ["Why?"], "responses": ["So é"], "truncated": [False], "dataset": "koala"},
-            {"turns": ["Who?"], "responses": ["I"], "truncated": [True]}]  # fmt: skip
-    assert json.loads(as_file(done, "M3", "own", ".json")) == [
-        {"instruction": "Why?", "output": "So é", "generator": "M3", "dataset": "koala"},
-        {"instruction": "Who?", "output": "I", "generator": "M3", "dataset": "own"},
-    ]
-    lines = as_file(done, "M3", "own", ".jsonl").splitlines()
-    assert [json.loads(x) for x in lines] == [{"prompt": "Why?", "response": "So é", "truncated": False},
-                                              {"prompt": "Who?", "response": "I", "truncated": True}]  # fmt: skip
-    mt = [q | {"responses": ["a"] * len(q["turns"]), "truncated": [False] * len(q["turns"])} for q in QUESTIONS]
-    rows = [json.loads(x) for x in as_file(mt, "M3", "own", ".jsonl").splitlines()]
-    assert [set(r) for r in rows] == [{"question_id", "answer_id", "model_id", "choices", "tstamp"}] * 3
-    assert [r["question_id"] for r in rows] == [81, 111, 141] and len({r["answer_id"] for r in rows}) == 3
-    assert rows[0]["model_id"] == "M3" and rows[0]["choices"] == [{"index": 0, "turns": ["a", "a"]}]
-
-
-def test_the_command_answers_a_file_for_alpaca_eval(shared, tmp_path):
-    (tmp_path / "asked.jsonl").write_text('{"prompt": "Once upon a time"}\n{"prompt": "There was"}\n')
-    folder, out = shared / "stories260K" / "hf", tmp_path / "alpaca_eval.json"
-    made = command(folder, "--prompts", tmp_path / "asked.jsonl", "--out", out, "--max-new", "9", "--name", "tiny")
-    assert made.returncode == 0, made.stderr
-    rows = json.loads(out.read_text())
-    assert [(r["instruction"], r["generator"], r["dataset"]) for r in rows] == [
-        ("Once upon a time", "tiny", "asked"), ("There was", "tiny", "asked")]  # fmt: skip
-    assert all(r["output"] for r in rows)
-
-
-REFUSED = [
-    ["--prompts", "x.jsonl"],
-    ["--out", "x.json"],
-    ["Hi", "--prompts", "x", "--out", "x.json"],
-    ["--prompts", "x.jsonl", "--out", "x.csv"],
-    ["--prompts", "x.jsonl", "--out", "nowhere/x.json"],
-    ["--prompts", "x.jsonl", "--out", "x.json", "--batch", "0"],
-]
-
-
-@pytest.mark.parametrize("args", REFUSED)
-def test_flags_that_do_not_go_together_are_refused(monkeypatch, args):
-    monkeypatch.setattr(sys, "argv", ["sample.py", "folder", *args])
+def test_a_command_that_fails_exits_with_one_line_or_a_code(error, code, capsys):
+    """A text as exit code is printed to stderr, and the code is 1."""
     with pytest.raises(SystemExit) as e:
-        sample.main()
-    assert e.value.code == 2
+        run_command(fail(error))
+    assert e.value.code == code
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.count("\n") == (code == 130)
 
 
-def test_questions_of_two_turns_do_not_become_an_alpaca_eval_file(monkeypatch, tmp_path):
-    (tmp_path / "q.jsonl").write_text(json.dumps(QUESTIONS[0]) + "\n")
-    monkeypatch.setattr(sys, "argv", ["sample.py", "f", "--prompts", str(tmp_path / "q.jsonl"), "--out", "x.json"])
-    with pytest.raises(BadInput, match="several turns"):
-        sample.main()
+def test_a_command_that_ends_well_flushes_and_a_bug_is_not_hidden(monkeypatch):
+    class Out(io.StringIO):
+        flushed = 0
+
+        def flush(self):
+            self.flushed += 1
+
+    monkeypatch.setattr(sys, "stdout", Out())
+    run_command(lambda: print("x"))
+    assert sys.stdout.getvalue() == "x\n" and sys.stdout.flushed
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: 1 / 0)
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word(monkeypatch, capsys):
+    """As `| head` does; what Python flushes at its end goes nowhere."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit) as e:
+            run_command(lambda: print("x" * 100_000))
+        print("more")
+        pipe.flush()
+    assert e.value.code == 1 and capsys.readouterr().err == ""

@@ -2,20 +2,21 @@
 
     grade("Where does the otter live?", "The otter lives in rivers.")  ->  4
 
-The zoo is a small world (48 animals, 7 attributes) in which a program can tell how good an answer is, so that a run
-can be compared with the truth as the paper compares its models with people and GPT-4. An answer earns one point
-each for relevance, coverage, usefulness, clarity and expertise: the five additive criteria of the paper's judge
-(section 2.2), each decided here by reading the sentences of the answer. prepare.py writes the human-like seed rows
-with it; training never imports it.
+The zoo is a small world in which a program can tell how good an answer is. A run can be compared
+with the truth, as the paper compares its models with people and GPT-4. An answer earns one point
+each for relevance, coverage, usefulness, clarity and expertise: the five additive criteria of
+the paper's judge (section 2.2), each decided by reading the sentences of the answer.
+prepare.py writes the human-like seed rows with it. Training never imports it.
 
-Left out: synonyms, spelling, and all English but the phrasings below. A sentence in other words is "unclear".
+Left out: synonyms, spelling, and all English but the phrasings below. A sentence in other words
+is "unclear".
 """
 
 import random
 import re
 from typing import NamedTuple
 
-# ---- the facts
+# ---- the facts -------------------------------------------------------------------------------
 
 ATTRS = ("home", "food", "colour", "time", "group", "skill", "young")
 TABLE = """
@@ -68,9 +69,26 @@ lynx     caves    mice     spotted  dusk   pairs     hunting   kitten
 hare     plains   roots    brown    dusk   pairs     running   baby
 heron    lakes    fish     grey     dawn   colonies  hunting   chick
 """
-FACTS = {name: dict(zip(ATTRS, row, strict=True)) for name, *row in map(str.split, TABLE.strip().split("\n"))}
+
+
+def read_facts(table: str) -> dict[str, dict[str, str]]:
+    """Lines of an animal and its values  ->  {"otter": {"home": "rivers", "food": "fish", ...}}"""
+    facts = {}
+    for line in table.strip().split("\n"):
+        animal, *values = line.split()
+        facts[animal] = dict(zip(ATTRS, values, strict=True))
+    return facts
+
+
+def collect_values(attr: str) -> tuple[str, ...]:
+    """All values that an attribute takes, in alphabetical order."""
+    values = {facts[attr] for facts in FACTS.values()}
+    return tuple(sorted(values))
+
+
+FACTS = read_facts(TABLE)
 ANIMALS = tuple(FACTS)
-VALUES = {attr: tuple(sorted({facts[attr] for facts in FACTS.values()})) for attr in ATTRS}
+VALUES = {attr: collect_values(attr) for attr in ATTRS}
 SAYINGS = {  # two phrasings of each fact
     "home": ("{S} lives in {v}.", "{S} is found in {v}."),
     "food": ("{S} eats {v}.", "{S} feeds on {v}."),
@@ -93,16 +111,22 @@ FILLERS = (
 
 
 def make_myths() -> dict[str, dict[str, str]]:
-    """One fixed wrong value per fact: what the people of this world wrongly believe, and say again and again."""
+    """One fixed wrong value per fact: what the people of this world believe and say again."""
     rng = random.Random("myths of the zoo")
-    return {n: {a: rng.choice([v for v in VALUES[a] if v != FACTS[n][a]]) for a in ATTRS} for n in ANIMALS}
+    myths = {animal: {} for animal in ANIMALS}
+    for animal in ANIMALS:
+        for attr in ATTRS:
+            wrong_values = [value for value in VALUES[attr] if value != FACTS[animal][attr]]
+            myths[animal][attr] = rng.choice(wrong_values)
+    return myths
 
 
 MYTHS = make_myths()
 
-# ---- the questions
+# ---- the questions ---------------------------------------------------------------------------
 
-DIRECT = {  # about one attribute; two of them are joined as "Where does the otter live and what does it eat?"
+# About one attribute. Two are joined: "Where does the otter live and what does it eat?"
+DIRECT = {
     "home": ("Where does {S} live?", "What place is home to {S}?"),
     "food": ("What does {S} eat?", "What food does {S} like?"),
     "colour": ("What colour is {S}?", "What does {S} look like?"),
@@ -127,63 +151,109 @@ OPEN = (  # any three facts will do
     "Introduce {animals} to a child.",
 )
 OPEN_FACTS = 3
-SPARE_FACTS = 2  # an answer may say this much more than was asked before it is too long
+SPARE_FACTS = 2  # an answer with more sentences than were asked and these is too long
 
 Ask = tuple[tuple[str, ...], tuple[str, ...] | None]  # animals, attributes; None: an open question
 
 
-def either(words) -> str:
+def one_of(words) -> str:
     return "(?:" + "|".join(map(re.escape, words)) + ")"
 
 
-def listed(item: str) -> str:
+def list_of(item: str) -> str:
+    """A regular expression for "item", "item and item" or "item, item and item"."""
     return f"{item}(?:(?:,? and |, )(?:of )?{item})*"
 
 
-def shape(pattern: str) -> re.Pattern:
-    """A question pattern as a regular expression that takes any list of animals and any list of attributes."""
+ANIMAL = one_of(ANIMALS)
+ATTR = one_of(ATTRS)
+
+
+def question_regex(pattern: str) -> re.Pattern:
+    """A question pattern as a regular expression that takes any list of animals and attributes."""
     text = re.escape(pattern[:-1]).replace(r"\{", "{").replace(r"\}", "}")
-    attrs = "(?P<attrs>" + listed("(?:the )?" + either(ATTRS)) + ")"
-    animals = "(?P<animals>" + listed("the " + either(ANIMALS)) + ")"
+    attrs = "(?P<attrs>" + list_of("(?:the )?" + ATTR) + ")"
+    animals = "(?P<animals>" + list_of("the " + ANIMAL) + ")"
     return re.compile(text.format(attrs=attrs, animals=animals) + "[.?]?")
 
 
-SHAPES = [shape(pattern) for pattern in NAMED + COMPARE + OPEN]
-DIRECT_SHAPES = [
-    (attr, re.compile(re.escape(text[:-1]).replace(r"\{S\}", f"(?:the (?P<animal>{either(ANIMALS)})|it)"), re.I))
-    for attr, texts in DIRECT.items()
-    for text in texts
+def direct_regex(pattern: str) -> re.Pattern:
+    """A direct question as a regular expression that takes any animal, or "it"."""
+    subject = f"(?:the (?P<animal>{ANIMAL})|it)"
+    text = re.escape(pattern[:-1]).replace(r"\{S\}", subject)
+    return re.compile(text, re.IGNORECASE)
+
+
+def statement_regex(attr: str, saying: str) -> re.Pattern:
+    """A saying without its subject as a regular expression that takes any value."""
+    value = f"(?P<value>{one_of(VALUES[attr])})"
+    text = re.escape(saying.removeprefix("{S} "))
+    return re.compile(text.replace(r"\{v\}", value))
+
+
+QUESTIONS = [question_regex(pattern) for pattern in NAMED + COMPARE + OPEN]
+DIRECT_QUESTIONS = [
+    (attr, direct_regex(pattern)) for attr, patterns in DIRECT.items() for pattern in patterns
+]
+STATEMENTS = [
+    (attr, statement_regex(attr, saying))
+    for attr, sayings in SAYINGS.items()
+    for saying in sayings
 ]
 
 
 def parse_prompt(text: str) -> Ask | None:
-    """What is asked: (animals, attributes), attributes None for an open question; None if not understood.
+    """What is asked: (animals, attributes), attributes None for an open question.
 
     "Where does the otter live and what does it eat?"  ->  (("otter",), ("home", "food"))
+    None if the text is not understood.
     """
     text = text.strip()
-    for pattern in SHAPES:
-        if match := pattern.fullmatch(text):
-            found = match.groupdict()
-            animals = tuple(dict.fromkeys(re.findall(either(ANIMALS), found["animals"])))
-            attrs = found.get("attrs")
-            return animals, attrs and tuple(dict.fromkeys(re.findall(either(ATTRS), attrs)))
-    animals, attrs = {}, {}
+    for pattern in QUESTIONS:
+        match = pattern.fullmatch(text)
+        if match:
+            return read_lists(match)
+    return parse_direct(text)
+
+
+def read_lists(match: re.Match) -> Ask:
+    """The animals and attributes that a question lists, each once, in its order."""
+    groups = match.groupdict()
+    animals = tuple(dict.fromkeys(re.findall(ANIMAL, groups["animals"])))
+    if "attrs" not in groups:
+        return animals, None
+    return animals, tuple(dict.fromkeys(re.findall(ATTR, groups["attrs"])))
+
+
+def parse_direct(text: str) -> Ask | None:
+    """A direct question about one animal, or several of them joined by "and"."""
+    animals, attrs = {}, {}  # dicts keep the order and drop repeats
     for part in re.split(",? and |, ", text.rstrip("?.")):
-        hits = [(attr, m["animal"]) for attr, pattern in DIRECT_SHAPES if (m := pattern.fullmatch(part))]
-        if not hits:
+        match, attr = match_any(DIRECT_QUESTIONS, part)
+        if match is None:
             return None
-        attrs[hits[0][0]] = None
-        if hits[0][1]:
-            animals[hits[0][1].lower()] = None
-    return (tuple(animals), tuple(attrs)) if len(animals) == 1 else None
+        attrs[attr] = None
+        if match["animal"]:
+            animals[match["animal"].lower()] = None
+    if len(animals) != 1:
+        return None
+    return tuple(animals), tuple(attrs)
 
 
-# ---- the answers
+def match_any(patterns, text: str) -> tuple[re.Match | None, str | None]:
+    """The first of the (attribute, pattern) that fits the whole text: its match and attribute."""
+    for attr, pattern in patterns:
+        match = pattern.fullmatch(text)
+        if match:
+            return match, attr
+    return None, None
+
+
+# ---- the answers -----------------------------------------------------------------------------
 
 
 class Fact(NamedTuple):
-    """A sentence understood. `role` says what it does for the question: asked, extra, stray or again."""
+    """A sentence understood. `role` is its part in the answer: asked, extra, stray or again."""
 
     animal: str
     attr: str
@@ -196,13 +266,9 @@ class Fact(NamedTuple):
         return self.value == self.truth
 
 
+CRITERIA = ("relevance", "coverage", "usefulness", "clarity", "expertise")
 SENTENCE = re.compile(r"[^.!?]*[.!?]+|[^.!?]+$")
-SUBJECT = re.compile(f"(?:The (?P<animal>{either(ANIMALS)})|It)\\b")
-STATEMENTS = [
-    (attr, re.compile(re.escape(text[4:]).replace(r"\{v\}", f"(?P<v>{either(VALUES[attr])})")))  # without "{S} "
-    for attr, texts in SAYINGS.items()
-    for text in texts
-]
+SUBJECT = re.compile(rf"(?:The (?P<animal>{ANIMAL})|It)\b")
 
 
 def num_asked(ask: Ask) -> int:
@@ -210,55 +276,69 @@ def num_asked(ask: Ask) -> int:
     return OPEN_FACTS if attrs is None else len(animals) * len(attrs)
 
 
-def role_of(key: tuple[str, str], told: list[tuple[str, str]], ask: Ask) -> str:
+def role_of(fact: tuple[str, str], earlier: list[tuple[str, str]], ask: Ask) -> str:
+    """What an (animal, attribute) does for the question, after the earlier ones of the answer."""
     animals, attrs = ask
-    if key in told:
+    animal, attr = fact
+    if fact in earlier:
         return "again"
-    if key[0] not in animals:
+    if animal not in animals:
         return "stray"
-    if attrs is None:  # the first three distinct facts are what was asked for, more is extra
-        return "asked" if sum(animal in animals for animal, _ in set(told)) < OPEN_FACTS else "extra"
-    return "asked" if key[1] in attrs else "extra"
+    if attrs is not None:
+        return "asked" if attr in attrs else "extra"
+    # The first three distinct facts are what an open question asks for; more is extra.
+    num_on_topic = sum(animal in animals for animal, _ in set(earlier))
+    return "asked" if num_on_topic < OPEN_FACTS else "extra"
 
 
 def read_answer(response: str, ask: Ask) -> list[Fact | str]:
     """One item per sentence: a Fact, "empty talk" or "unclear"."""
     animals, _ = ask
     subject = animals[0] if len(animals) == 1 else None  # what "It" stands for
-    items, told = [], []
+    items, earlier = [], []
     for sentence in filter(None, map(str.strip, SENTENCE.findall(response))):
-        start = SUBJECT.match(sentence)
-        if start:
-            subject = start["animal"] or subject
-        rest = sentence[start.end() + 1 :] if start and subject else ""
-        hits = [(attr, m["v"]) for attr, pattern in STATEMENTS if (m := pattern.fullmatch(rest))]
-        if hits:
-            attr, value = hits[0]
-            items.append(Fact(subject, attr, value, FACTS[subject][attr], role_of((subject, attr), told, ask)))
-            told.append((subject, attr))
+        statement = ""
+        subject_match = SUBJECT.match(sentence)
+        if subject_match:
+            subject = subject_match["animal"] or subject
+        if subject_match and subject:
+            statement = sentence[subject_match.end() + 1 :]
+        match, attr = match_any(STATEMENTS, statement)
+        if match:
+            key = (subject, attr)
+            role = role_of(key, earlier, ask)
+            items.append(Fact(subject, attr, match["value"], FACTS[subject][attr], role))
+            earlier.append(key)
         else:
             items.append("empty talk" if sentence in FILLERS else "unclear")
     return items
 
 
+def covers(facts: list[Fact], ask: Ask) -> bool:
+    """Do the facts hold all that was asked?"""
+    animals, attrs = ask
+    if attrs is None:
+        return sum(fact.role == "asked" for fact in facts) == OPEN_FACTS
+    topics = {(fact.animal, fact.attr) for fact in facts}
+    return all((animal, attr) in topics for animal in animals for attr in attrs)
+
+
 def judge_items(items: list[Fact | str], ask: Ask) -> dict[str, int]:
     """The five criteria, 0 or 1 each. An answer that states nothing earns nothing."""
-    animals, attrs = ask
     facts = [item for item in items if isinstance(item, Fact)]
+    if not facts:
+        return dict.fromkeys(CRITERIA, 0)
     roles = [fact.role for fact in facts]
-    told = {(fact.animal, fact.attr) for fact in facts}
-    if attrs is None:
-        covered = roles.count("asked") == OPEN_FACTS
-    else:
-        covered = all((animal, attr) in told for animal in animals for attr in attrs)
-    clear = len(items) == len(facts) <= num_asked(ask) + SPARE_FACTS and "again" not in roles
-    return {
-        "relevance": int(bool(facts) and "stray" not in roles),
-        "coverage": int(covered),
-        "usefulness": int(bool(facts) and all(fact.right for fact in facts)),
-        "clarity": int(bool(facts) and clear),
-        "expertise": int(any(fact.role == "extra" and fact.right for fact in facts)),
+    only_facts = len(items) == len(facts)
+    short = len(items) <= num_asked(ask) + SPARE_FACTS
+    points = {
+        "relevance": "stray" not in roles,
+        "coverage": covers(facts, ask),
+        "usefulness": all(fact.right for fact in facts),
+        "clarity": only_facts and short and "again" not in roles,
+        "expertise": any(fact.role == "extra" and fact.right for fact in facts),
     }
+    return {name: int(point) for name, point in points.items()}
 
 
 def criteria(prompt: str, response: str) -> dict[str, int]:
