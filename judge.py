@@ -53,7 +53,7 @@ def judge_prompt(template: str, prompt: str, response: str) -> str:
 MARKER = re.compile(r"(?<![^\W_])score[\s*_]*[:\uff1a][\s*_<\[(`$]*", re.IGNORECASE)
 # words before "score:" that make it another score than the verdict
 OTHER_SCORE = re.compile(
-    r"\b(max(imum)?|highest|lowest|higher|lower|possible|perfect|(previous|earlier)(\s\S+)?)[\s*_]*\Z",
+    r"\b(max(imum)?|highest|lowest|higher|lower|possible|perfect|(previous|earlier)( \S+)?)[ *_]*\Z",
     re.IGNORECASE,
 )
 OUT_OF = r"\s*\(?(?:points?\s+)?(?:/|out of|of)\s*(\d+)\)?"

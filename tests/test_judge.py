@@ -156,7 +156,6 @@ def test_a_verdict_is_a_number_from_0_to_5_or_unreadable(text, verdict):
     assert parse_score(before + text) == verdict, "numbers outside the verdict are nothing"
 
 
-@pytest.mark.xfail(strict=True, reason="a line before the verdict makes it another score")
 @pytest.mark.parametrize(
     "line", ["It is perfect", "It covers all that is possible", "It could not be higher"]
 )
