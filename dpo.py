@@ -92,9 +92,11 @@ def collate(examples: list[tuple[list[int], ...]], device="cpu"):
 
     A prompt's tokens stand once, in front of its first response. The segment of each further
     response starts with a copy of the prompt's last token, whose output predicts the response's
-    first token; it attends to the earlier prompt tokens in the first segment.
+    first token; it attends to the earlier prompt tokens in the first segment. For a pair:
+    [p1 p2 p3 c1 c2] [p3 r1 r2], where the second segment also sees p1 p2.
     targets[0, t] is the token after tokens[0, t] where that belongs to a response, else IGNORE:
-    the only shift there is. The mask comes from ids, since SentencePiece is not compositional.
+    the only shift there is. The mask comes from ids, since encoding prompt and response as one
+    text may give other ids.
     """
     tokens, targets, segments = [], [], []
     for prompt, *responses in examples:
@@ -237,8 +239,8 @@ def sum_by_segment(values, batch: PackedBatch):
 
 
 def sequence_logps(model, tokens, targets, batch: PackedBatch):
-    """log pi(response | prompt), summed over its tokens with the end of sequence: a number a
-    segment. The sum, not the mean: the paper's DPO is not length-normalised."""
+    """log pi(response | prompt), summed over its tokens (the end of sequence among them, if it was
+    sampled): a number a segment. The sum, not the mean: DPO is not length-normalised."""
 
     def readout(hidden, lm_head):
         return token_logps(hidden, lm_head, targets)

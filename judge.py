@@ -53,7 +53,8 @@ def judge_prompt(template: str, prompt: str, response: str) -> str:
 MARKER = re.compile(r"(?<![^\W_])score[\s*_]*[:\uff1a][\s*_<\[(`$]*", re.IGNORECASE)
 # words before "score:" that make it another score than the verdict
 OTHER_SCORE = re.compile(
-    r"\b(max(imum)?|highest|lowest|higher|lower|possible|perfect|(previous|earlier)( \S+)?)[ *_]*\Z",
+    r"\b(max(imum)?|highest|lowest|higher|lower|possible|perfect|(previous|earlier)( \S+)?)"
+    r"[ *_]*\Z",
     re.IGNORECASE,
 )
 OUT_OF = r"\s*\(?(?:points?\s+)?(?:/|out of|of)\s*(\d+)\)?"
@@ -107,7 +108,8 @@ def score(
     **settings,
 ) -> list[dict]:
     """Judge rows {"id", "k", "prompt", "response"} (paper section 2.2, step 3): `votes` judgements
-    of each, {"id", "k", "vote", "text", "score", "truncated"}.
+    of each, {"id", "k", "vote", "text", "score", "truncated"}. key begins the keys of their random
+    numbers (sample.uniforms).
 
     An empty response is not judged, nor is one that leaves no room in the context: it has no
     judgement and no score. A judgement that met the length limit gave no verdict, whatever it has
@@ -216,7 +218,8 @@ def prefer(
 # ---- judgements worth learning from: EFT (paper section 3.1) ---------------------------------
 #
 # People have ranked replies to a prompt. The SFT baseline judges each of them; where it orders
-# them as people do, its judgements become rows that teach M1 to judge.
+# them as people do, its judgements become rows that teach M1 to judge. The paper gives no unit of
+# agreement. Ours is a try: one judgement of each reply to a prompt, those with one vote number.
 
 
 def read_ranked(path: Path, missing_ok: bool = False) -> list[dict]:
@@ -248,7 +251,7 @@ def why_rejected(ranks: list[int], scores: list[float]) -> str | None:
     """Why a try teaches no judging, or None: its scores contradict no human ordering of two
     replies and agree with at least one.
 
-    Equal scores are allowed, since six values cannot part all replies; replies of equal rank
+    Equal scores are allowed, since few values cannot part all replies; replies of equal rank
     demand nothing.
     """
     if len(ranks) < 2:
@@ -261,20 +264,23 @@ def why_rejected(ranks: list[int], scores: list[float]) -> str | None:
     return None if (agreement > 0).any() else "parts no replies that people part"
 
 
+def goes_on_after_verdict(text: str) -> bool:
+    points = find_verdict(text)
+    return bool(re.search(r"\w", points.string[points.end() :]))
+
+
 def keep_agreeing(ranked: list[dict], judgements: list[dict]) -> tuple[list[dict], Counter]:
     """The judgements of ranked replies that agree with people; a count of what became of the rest.
 
-    The paper gives no unit. Ours is a try: one judgement of each reply to a prompt, those with
-    the same vote number. It counts as a whole, without its unreadable ones, and the first that
-    agrees is its prompt's only one. A target ends in its verdict: one that goes on (until the
-    length limit, maybe) would teach just that.
+    Judgements that cannot be read are taken out first; the rest of a try is kept or dropped
+    together, and the first that agrees is its prompt's only one. A target ends in its verdict:
+    one that goes on would teach just that.
     """
     tries, tally = defaultdict(list), Counter()
     for j in judgements:
-        points = find_verdict(j["text"])
         if reason := why_unreadable(j):
             tally[reason] += 1
-        elif re.search(r"\w", points.string[points.end() :]):
+        elif goes_on_after_verdict(j["text"]):
             tally["goes on after its verdict"] += 1
         else:
             tries[j["id"], j["vote"]].append(j)

@@ -18,7 +18,7 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import sentencepiece
@@ -161,6 +161,7 @@ class Llama(nn.Module):
     def __init__(self, cfg: ModelConfig, dropout: float = 0.0):
         super().__init__()
         self.cfg = cfg
+        self.banned_ids: list[int] = []  # ids that are no text: never drawn; load fills it
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.layers = nn.ModuleList(Block(cfg, dropout) for _ in range(cfg.layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
@@ -207,7 +208,10 @@ class Tokenizer:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         if not self.path.is_file():
-            raise UserError(f"{path}: not found; give the folder of a model, such as runs/zoo/M3")
+            raise UserError(
+                f"{path}: not found; copy the tokenizer.model of the model that this one was "
+                "made from (transformers leaves it out when it saves)"
+            )
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as e:
@@ -221,9 +225,17 @@ class Tokenizer:
                 f"{path}: lacks {first_names(CONTROL_TOKENS)}, Llama 2's control tokens; "
                 "take another tokenizer.model"
             )
-        pieces = [self.sp.id_to_piece(i) for i in range(self.size)]
-        # tokens that end a line
-        self.newlines = [i for i, piece in enumerate(pieces) if "\n" in piece or piece == "<0x0A>"]
+        self.newlines = []  # tokens that end a line
+        self.control_ids = []  # tokens that are no text
+        self.text_ids = {}  # piece -> id of the others, but for the bytes
+        for i in range(self.size):
+            piece = self.sp.id_to_piece(i)
+            if "\n" in piece or piece == "<0x0A>":
+                self.newlines.append(i)
+            if self.sp.is_control(i) or self.sp.is_unknown(i):
+                self.control_ids.append(i)
+            elif not self.sp.is_byte(i):
+                self.text_ids[piece] = i
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -332,9 +344,11 @@ HF_KEYS = {
     "tie_embeddings": "tie_word_embeddings",
 }
 # what config.json may not say otherwise
-LLAMA_2_ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+LLAMA_2_ONLY = {"model_type": "llama", "hidden_act": "silu"}
+LLAMA_2_ONLY |= {"attention_bias": False, "mlp_bias": False}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # tables that older files store and we compute; the copy that some files of tied models hold
-IGNORED_WEIGHTS = ("rotary_emb.inv_freq", "lm_head.weight")
+IGNORED_WEIGHTS = ("rotary_emb.inv_freq", HEAD)
 SHARD_BYTES = 2 << 30  # of a weights file; the process that writes holds one
 SHARD_INDEX = "model.safetensors.index.json"
 
@@ -342,13 +356,14 @@ SHARD_INDEX = "model.safetensors.index.json"
 def read_config(folder: Path) -> ModelConfig:
     """config.json of transformers 4 or 5 -> ModelConfig; a null counts as not there."""
     path = folder / "config.json"
-    d = {key: value for key, value in read_json(path).items() if value is not None}
-    if d.get("model_type") != "llama":
-        kind = d.get("model_type")
-        raise UserError(f"{path}: model_type is {kind!r}; only 'llama' models can be loaded")
-    rope = d.get("rope_parameters") or d.get("rope_scaling") or {}
+    config = read_json(path)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = rope if isinstance(rope, dict) else {"type": rope}
-    d["rope type"] = rope.get("rope_type", rope.get("type", "default"))
+    d = {key: value for key, value in (*config.items(), *rope.items()) if value is not None}
+    d["rope type"] = d.get("rope_type", d.get("type", "default"))
+    if d["rope type"] == "linear" and d.get("factor") == 1:
+        d["rope type"] = "default"  # positions divided by 1
+    d.setdefault("model_type", "absent")
     for key, value in (LLAMA_2_ONLY | {"rope type": "default"}).items():
         if d.get(key, value) != value:
             raise UserError(
@@ -356,26 +371,26 @@ def read_config(folder: Path) -> ModelConfig:
             )
     d.setdefault("tie_word_embeddings", False)
     d.setdefault("num_key_value_heads", d.get("num_attention_heads"))
-    d["rope_theta"] = rope.get("rope_theta", d.get("rope_theta", 10000.0))
+    d.setdefault("rope_theta", 10000.0)
+    sizes = {}
     try:
-        sizes = {field: d[key] for field, key in HF_KEYS.items()}
-        for field in sizes.keys() - {"tie_embeddings"}:
-            kind = ModelConfig.__dataclass_fields__[field].type
-            if kind(float(sizes[field])) != float(sizes[field]):
-                raise ValueError(f"{HF_KEYS[field]} is {sizes[field]!r}")
-            sizes[field] = kind(float(sizes[field]))
+        for field, key in HF_KEYS.items():
+            sizes[field] = ModelConfig.__dataclass_fields__[field].type(float(d[key]))
+            if sizes[field] != float(d[key]):
+                raise ValueError(f"{key} is {d[key]!r}")
     except KeyError as e:
         raise UserError(f"{path}: {e} is missing; copy the model's config.json again") from None
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, OverflowError) as e:
         raise UserError(f"{path}: a size is no number ({e}); copy the file again") from None
     return validate_sizes(ModelConfig(**sizes), path, d.get("head_dim"))
 
 
 def validate_sizes(cfg: ModelConfig, path: Path, head_dim: int | None = None) -> ModelConfig:
     sizes = {field: value for field, value in vars(cfg).items() if field != "tie_embeddings"}
-    if not all(isinstance(value, int | float) and value > 0 for value in sizes.values()):
+    if not all(isinstance(value, int | float) and 0 < value < 2**31 for value in sizes.values()):
         raise UserError(f"{path}: a size is not a positive number; copy the file again")
-    if (head_dim or cfg.head_dim) * cfg.heads != cfg.dim or cfg.heads % cfg.kv_heads:
+    together = cfg.heads * cfg.head_dim == cfg.dim and cfg.heads % cfg.kv_heads == 0
+    if not together or head_dim not in (None, cfg.head_dim) or cfg.head_dim % 2:
         raise UserError(
             f"{path}: hidden_size, heads and head_dim do not fit together as Llama 2's"
         )
@@ -385,9 +400,8 @@ def validate_sizes(cfg: ModelConfig, path: Path, head_dim: int | None = None) ->
 def write_config(cfg: ModelConfig, tok: Tokenizer, dtype: torch.dtype, path: Path):
     d = {
         "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **{key: getattr(cfg, field) for field, key in HF_KEYS.items()},
         **LLAMA_2_ONLY,
+        **{key: getattr(cfg, field) for field, key in HF_KEYS.items()},
         "bos_token_id": tok.bos,
         "eos_token_id": tok.eos,
         "torch_dtype": str(dtype).removeprefix("torch."),
@@ -407,14 +421,20 @@ def read_shape(folder: str | os.PathLike) -> tuple[ModelConfig, Tokenizer]:
         raise UserError(
             f"{folder}: no such folder; give the folder of a model (config.json, *.safetensors)"
         )
-    if not (folder / "config.json").exists() and (folder / "params.json").exists():
+    complete = (folder / "config.json").exists()
+    if not complete and (folder / "params.json").exists():
         raise UserError(
             f"{folder}: Meta's own files; turn them into a folder that can be read by "
             f"python -m scripts.convert_meta {folder} OUT"
         )
+    if not complete and (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{folder}: an adapter (LoRA), not a whole model; merge it into its base with peft's "
+            "merge_and_unload() and save_pretrained(OUT)"
+        )
     cfg = read_config(folder)
     tok = Tokenizer(folder / "tokenizer.model")
-    if tok.size != cfg.vocab_size:
+    if not cfg.vocab_size / 2 < tok.size <= cfg.vocab_size:  # models may have rows of padding
         raise UserError(
             f"{tok.path}: has {tok.size} pieces but config.json says vocab_size {cfg.vocab_size}; "
             "take the tokenizer.model that belongs to this model"
@@ -424,16 +444,28 @@ def read_shape(folder: str | os.PathLike) -> tuple[ModelConfig, Tokenizer]:
 
 def read_weight_shapes(file: Path) -> dict[str, tuple]:
     """Name -> shape of every tensor in a .safetensors file; no weight is read."""
+    shapes = {}
     try:
         with safe_open(file, "pt") as f:
-            return {name: tuple(f.get_slice(name).get_shape()) for name in sorted(f.keys())}
+            for name in sorted(f.keys()):
+                tensor = f.get_slice(name)
+                shapes[name], dtype = tuple(tensor.get_shape()), tensor.get_dtype()
+                if dtype not in ("F64", "F32", "F16", "BF16"):
+                    raise UserError(
+                        f"{file}: {name} is {dtype}, which quantized models have; "
+                        "take the model as it was before that"
+                    )
     except (SafetensorError, OSError):
         problem = f"{describe_bad_file(file)}, not a whole .safetensors file"
         raise UserError(f"{file}: {problem}; download it again") from None
+    return shapes
 
 
 def check_weights(folder: Path, params: dict[str, torch.Tensor]):
-    """UserError unless the files hold exactly these parameters: loading is strict."""
+    """UserError unless the files hold exactly these parameters: loading is strict.
+
+    Of a tied matrix that is stored as the head alone, the name in `params` is changed to that.
+    """
     shapes, files = {}, {}
     for file in sorted(folder.glob("*.safetensors")):
         for name, shape in read_weight_shapes(file).items():
@@ -441,11 +473,20 @@ def check_weights(folder: Path, params: dict[str, torch.Tensor]):
                 both = f"{files[name]} and {file.name}"
                 raise UserError(f"{folder}: {name} is in {both}; remove the one that is not it")
             shapes[name], files[name] = shape, file.name
-    if missing := params.keys() - shapes.keys():
+    if not shapes:
         raise UserError(
-            f"{folder}: no weights named {first_names(missing)}; is this a whole Llama?"
+            f"{folder}: no weights in .safetensors files; is the folder whole? Others (.bin) are "
+            "to be written anew by transformers: from_pretrained(...).save_pretrained(OUT)"
         )
+    if EMBEDDING not in shapes and HEAD in shapes.keys() - params.keys():
+        params[HEAD] = params.pop(EMBEDDING)
     extra = [name for name in shapes if name not in params and not name.endswith(IGNORED_WEIGHTS)]
+    if missing := params.keys() - shapes.keys():
+        remedy = "is this a whole Llama? Copy it again"
+        if extra:
+            remedy = "write a LlamaForCausalLM by its save_pretrained, without what wraps it"
+            remedy += f" (peft: merge_and_unload()), since there are {first_names(extra)}"
+        raise UserError(f"{folder}: no weights named {first_names(missing)}; {remedy}")
     if extra:
         raise UserError(f"{folder}: weights that a Llama has no place for: {first_names(extra)}")
     for name, p in params.items():
@@ -474,6 +515,8 @@ def load(
         shard(model)
     model.to_empty(device=device)
     model.tie_weights()  # to_empty has parted them
+    ids = [*tok.control_ids, *range(tok.size, cfg.vocab_size)]
+    model.banned_ids = [i for i in ids if i != tok.eos]
     params = {hf_name(name): p for name, p in model.named_parameters()}
     check_weights(folder, params)
     with warnings.catch_warnings():
@@ -496,13 +539,14 @@ def save(
     sampling: the temperature and top_p it was trained to be sampled with, for whoever does.
     """
     folder = Path(folder)
-    shards = split_into_shards(model)
-    count = len(shards)
-    files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    files = files if count > 1 else ["model.safetensors"]
     if write:
         write_small_files(model.cfg, tok, folder, sampling or {})
-    for file, shard in zip(files, shards, strict=True):
+    shards = split_into_shards(model)
+    weight_map, file = {}, "model.safetensors"
+    for number, shard in enumerate(shards, start=1):
+        if len(shards) > 1:
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        weight_map |= dict.fromkeys(shard, file)
         tensors = {}
         for name, p in shard.items():
             full = p.full_tensor() if isinstance(p, DTensor) else p
@@ -512,10 +556,7 @@ def save(
             write_weights(folder / file, tensors)
     if not write:
         return
-    if count > 1:
-        weight_map = {}
-        for file, shard in zip(files, shards, strict=True):
-            weight_map |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
         total = sum(p.nbytes for p in model.parameters())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / SHARD_INDEX, index)
@@ -551,14 +592,17 @@ def write_weights(path: Path, tensors: dict[str, torch.Tensor]):
 def write_small_files(cfg: ModelConfig, tok: Tokenizer, folder: Path, sampling: dict):
     """Tokenizer and chat format for whoever reads the folder, after what an old model left."""
     folder.mkdir(parents=True, exist_ok=True)
-    old_files = [folder / "config.json", folder / SHARD_INDEX, *folder.glob("model*.safetensors")]
-    for path in old_files:
-        path.unlink(missing_ok=True)
+    for pattern in ("config.json", "tokenizer.json", "model*.safetensors", SHARD_INDEX):
+        for path in folder.glob(pattern):
+            path.unlink()
     if tok.path.resolve() != (folder / "tokenizer.model").resolve():
         with (folder / "tokenizer.model").open("wb") as f:
             f.write(tok.path.read_bytes())
             flush_and_fsync(f)
-    write_json(folder / "tokenizer.json", tokenizer_json(tok), indent=None)
+    if can_export(tok):
+        write_json(folder / "tokenizer.json", tokenizer_json(tok), indent=None)
+    else:
+        warn_of_no_tokenizer_json()
     tokenizer_config = TOKENIZER_CONFIG | {"model_max_length": cfg.max_len}
     write_json(folder / "tokenizer_config.json", tokenizer_config)
     generation = {"bos_token_id": tok.bos, "eos_token_id": tok.eos}
@@ -572,8 +616,8 @@ def write_small_files(cfg: ModelConfig, tok: Tokenizer, folder: Path, sampling: 
 # letters that the tokenizer takes out again, so that it stays text as in Tokenizer.chat.
 CHAT_TEMPLATE = """{%- set ns = namespace(system='', user=true) -%}
 {%- for message in messages -%}
-{%- set text = message['content'] | replace('<unk>', '<\ufdd0unk>') \
-| replace('<s>', '<\ufdd0s>') | replace('</s>', '<\ufdd0/s>') -%}
+{%- set text = message['content'].replace('<unk>', '<\ufdd0unk>') -%}
+{%- set text = text.replace('<s>', '<\ufdd0s>').replace('</s>', '<\ufdd0/s>') -%}
 {%- if loop.first and message['role'] == 'system' -%}
 {%- set ns.system = '<<SYS>>\\n' + text + '\\n<</SYS>>\\n\\n' if text else '' -%}
 {%- elif message['role'] != ('user' if ns.user else 'assistant') -%}
@@ -581,7 +625,8 @@ CHAT_TEMPLATE = """{%- set ns = namespace(system='', user=true) -%}
 {%- else -%}
 {%- set text = (ns.system + text) | trim -%}
 {{- '<s>[INST] ' + text + ' [/INST]' if ns.user else (' ' + text if text else '') + '</s>' -}}
-{%- set ns.system, ns.user = '', not ns.user -%}
+{%- set ns.system = '' -%}
+{%- set ns.user = not ns.user -%}
 {%- endif -%}
 {%- endfor -%}"""
 TOKENIZER_CONFIG = {
@@ -594,26 +639,53 @@ TOKENIZER_CONFIG = {
 }
 # tokenizer.json but for the vocabulary, the merges and the control tokens' ids
 TOKENIZER_JSON = """{
-"version": "1.0",
-"added_tokens": [],
+"version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
 "normalizer": {"type": "Sequence", "normalizers": [
   {"type": "Replace", "pattern": {"Regex": "(?<=<)\ufdd0(?=unk>|s>|/s>)"}, "content": ""},
   {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
   {"type": "Prepend", "prepend": "▁"}]},
+"pre_tokenizer": null,
 "post_processor": {"type": "TemplateProcessing",
-  "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
-             {"Sequence": {"id": "A", "type_id": 0}}],
-  "pair": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
-           {"Sequence": {"id": "B", "type_id": 1}}],
-  "special_tokens": {"<s>": {"id": "<s>", "ids": [], "tokens": ["<s>"]}}},
+"single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+"pair": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+         {"Sequence": {"id": "B", "type_id": 1}}],
+"special_tokens": {"<s>": {"id": "<s>", "ids": [], "tokens": ["<s>"]}}},
 "decoder": {"type": "Sequence", "decoders": [
   {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
   {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
 "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": true, "byte_fallback": true}
 }"""
-ADDED_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-# for a vocabulary that drops spaces at the ends of a text and all but one in a row
-DROP_SPACES = {"type": "Replace", "pattern": {"Regex": r"\A▁+|▁+\z|▁+(?=▁)"}, "content": ""}
+# what a vocabulary drops that keeps no more than single spaces between words: of the text, and
+# after all other normalizers
+DROP_SPACES = (r"(?<![\s\S]) +| +(?= )", r"▁+(?![\s\S])")
+
+
+@cache
+def warn_of_no_tokenizer_json():
+    warnings.warn(
+        "tokenizer.json is not written, for it would give other ids: tokenizer.model is not plain "
+        "BPE (unigram, normalized text, user-defined symbols, no leading space). Take the ids of "
+        "this model from sentencepiece, not from transformers' AutoTokenizer",
+        stacklevel=3,
+    )
+
+
+def can_export(tok: Tokenizer) -> bool:
+    """Whether the vocabulary is plain BPE: SentencePiece's model_type "bpe" with normalization
+    "identity", a space put before a text, and no user-defined symbols."""
+    text = "".join(chr(i) for i in range(2**16) if not 0xD800 <= i < 0xE000)
+    if tok.sp.normalize(text) != "▁" + text.replace(" ", "▁"):
+        return False
+    # of two pieces of one score, SentencePiece makes the one on the left first
+    words = [i for piece, i in tok.text_ids.items() if len(piece) > 1 and piece.strip("▁")]
+    if len({tok.sp.get_score(i) for i in words}) < len(words):
+        return False
+    pieces = "".join(tok.text_ids)
+    try:  # at alpha 1 BPE makes no merge at all; what is still long was not merged
+        unmerged = tok.sp.encode(pieces, out_type=str, enable_sampling=True, alpha=1.0)
+    except RuntimeError:  # vocabularies of words or characters cannot be sampled from
+        return False
+    return max(map(len, unmerged)) == 1
 
 
 def tokenizer_json(tok: Tokenizer) -> dict:
@@ -622,34 +694,25 @@ def tokenizer_json(tok: Tokenizer) -> dict:
     Without this file transformers reads tokenizer.model alone and gives other ids to one chat in
     four.
     """
-    pieces = [tok.sp.id_to_piece(i) for i in range(tok.size)]
     d = json.loads(TOKENIZER_JSON)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     for token in CONTROL_TOKENS:
-        entry = {"id": pieces.index(token), "content": token, **ADDED_TOKEN, "special": True}
+        entry = {"id": tok.sp.piece_to_id(token), "content": token, **flags, "special": True}
         d["added_tokens"].append(entry)
-    if tok.encode("a  b ") == tok.encode("a b"):
-        d["normalizer"]["normalizers"].insert(2, DROP_SPACES)
+    if tok.sp.normalize("a  b ") == "▁a▁b":
+        rules = [{"type": "Replace", "pattern": {"Regex": r}, "content": ""} for r in DROP_SPACES]
+        d["normalizer"]["normalizers"].insert(0, rules[0])
+        d["normalizer"]["normalizers"].append(rules[1])
     d["post_processor"]["special_tokens"]["<s>"]["ids"].append(tok.bos)
-    d["model"]["vocab"] = {piece: i for i, piece in enumerate(pieces)}
-    d["model"]["merges"] = bpe_merges(tok, pieces)
+    d["model"]["vocab"] = {tok.sp.id_to_piece(i): i for i in range(tok.size)}
+    # all merges of two pieces into a third, those of the best piece first
+    scores = {piece: tok.sp.get_score(i) for piece, i in tok.text_ids.items()}
+    merges = d["model"]["merges"] = []
+    for piece in sorted(scores, key=scores.get, reverse=True):
+        for cut in range(1, len(piece)):
+            if piece[:cut] in scores and piece[cut:] in scores:
+                merges.append([piece[:cut], piece[cut:]])
     return d
-
-
-def bpe_merges(tok: Tokenizer, pieces: list[str]) -> list[str]:
-    """All merges of two pieces into a third, those of the best piece first."""
-    sp = tok.sp
-    text_ids = []
-    for i in range(tok.size):
-        if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i)):
-            text_ids.append(i)
-    text_pieces = {pieces[i] for i in text_ids}
-    merges = []
-    for i in sorted(text_ids, key=sp.get_score, reverse=True):
-        for cut in range(1, len(pieces[i])):
-            left, right = pieces[i][:cut], pieces[i][cut:]
-            if left in text_pieces and right in text_pieces:
-                merges.append(f"{left} {right}")
-    return merges
 
 
 # ---- many processes: applied from outside, in place ------------------------------------------
@@ -765,7 +828,7 @@ def parallelize(model: Llama, mesh, dtype: torch.dtype, activation_checkpointing
     )
     for block in model.layers:
         if activation_checkpointing:
-            block.forward = partial(checkpointed, block.forward)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         fully_shard(block, mesh=mesh["dp"], mp_policy=policy)
     # by default the root stays gathered after a forward pass, and an optimizer made then would
     # update copies
@@ -783,13 +846,6 @@ def tp_modules(model: Llama):
 def use_tp_forwards(model: Llama, mesh):
     for module, _, forward in tp_modules(model):
         module.forward = partial(forward, module, mesh)
-
-
-def checkpointed(forward, *args):
-    """forward(*args), keeping no more than its inputs for backward."""
-    if not torch.is_grad_enabled():
-        return forward(*args)
-    return checkpoint(forward, *args, use_reentrant=False)
 
 
 @contextmanager
@@ -811,6 +867,7 @@ def unsharded(model: Llama, mesh):
         for name, p in model.named_parameters():
             plain.get_submodule(name.removesuffix(".weight")).weight = p
         plain.tie_weights()
+        plain.banned_ids = model.banned_ids
         if mesh["tp"].size() > 1:
             use_tp_forwards(plain, mesh["tp"])
         yield plain.eval()

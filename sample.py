@@ -6,9 +6,9 @@ responses to each are drawn with temperature 0.7 and top-p 0.9.
     python sample.py runs/zoo/M3                      chat in the terminal
     python sample.py runs/zoo/M3 "What is an owl?"    answer once
 
-Read `generate` and `respond` first; the engine between the first two rules can wait. Every sample
-draws from random numbers of its own, keyed by what it is (seed, stage, prompt id, sample index),
-so batch order and number of processes change nothing but the last bits of logits.
+Read the section "one token", then from `respond` on; the engine between them can wait. Every
+sample draws from random numbers of its own, keyed by what it is (seed, stage, prompt id, sample
+index), so batch order and number of processes change nothing but the last bits of logits.
 
 Left out: beam search, repetition penalties, paged caches; files of prompts (scripts/answer.py).
 """
@@ -68,7 +68,7 @@ def sample_token(logits, u, temperature: float, top_p: float):
 def top_p_filter(probs, top_p: float):
     """probs (B, V) with 0 for all tokens that top-p leaves out."""
     top = probs
-    if not probs.is_cuda:  # sorting is slow there, and looking at a number costs nothing
+    if not probs.is_cuda:  # on a CPU sorting is slow, and looking at a number costs nothing
         top = probs.topk(min(TOP_K, probs.shape[-1])).values
     if top is probs or (top.sum(-1) < top_p).any():
         top = probs.sort(dim=-1, descending=True).values
@@ -261,11 +261,32 @@ def free_memory(device: torch.device) -> int:
         cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info(device)[0] + cached
     if os.path.exists("/proc/meminfo"):  # and so are the system's copies of files
-        with open("/proc/meminfo") as f:
-            free = int(re.search(r"MemAvailable:\s*(\d+)", f.read())[1]) * 1024
+        free = int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1]) << 10
     else:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's number of processes
+    free = min(free, free_in_container())
+    return int(free) // int(
+        os.environ.get("LOCAL_WORLD_SIZE", 1)
+    )  # torchrun's number of processes
+
+
+def free_in_container() -> float:
+    """What the memory limits of the process's control groups (versions 1 and 2) leave."""
+    groups = Path("/proc/self/cgroup")
+    free = float("inf")
+    for line in groups.read_text().splitlines() if groups.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        root, limit, usage = "/sys/fs/cgroup", "memory.max", "memory.current"
+        if "memory" in controllers:
+            root, limit, usage = f"{root}/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        group = Path(root + path)
+        for folder in (group, *group.parents):  # a parent's limit counts for all below
+            if (folder / limit).exists() and (folder / limit).read_text().strip().isdigit():
+                left = int((folder / limit).read_text()) - int((folder / usage).read_text())
+                stat = (folder / "memory.stat").read_text()
+                left += int(re.search(r"inactive_file (\d+)", stat)[1])  # copies of files can go
+                free = min(free, left)
+    return free
 
 
 @dataclass
@@ -312,6 +333,8 @@ class Scheduler:
         self.cache = KVCache(levels)
         self.slots = [Sequence(-1, ended=True) for _ in range(groups * n)]
         self.logits = logits.new_zeros(groups * n, logits.shape[-1])  # of the next tokens
+        self.banned = logits.new_zeros(logits.shape[-1])  # ids that are no text are never drawn
+        self.banned[getattr(model, "banned_ids", [])] = float("-inf")
         self.u = logits.new_zeros(groups * n, max_new)  # random numbers of all tokens
 
     def live_slots(self) -> list[int]:
@@ -388,7 +411,7 @@ class Scheduler:
             if step:
                 self.decode()
             u = self.u.gather(1, (columns + step).clamp(max=self.max_new - 1)).squeeze(1)
-            self.tokens = sample_token(self.logits, u, temperature, top_p)
+            self.tokens = sample_token(self.logits + self.banned, u, temperature, top_p)
             tokens.append(self.tokens)
         return torch.stack(tokens).tolist()
 
@@ -425,9 +448,10 @@ def affordable(groups: int, group_capacity: int, first: Prefill) -> int:
     """As many groups of so many tokens as half of the free memory holds; at least one."""
     token_bytes = sum(t.nbytes for t in first.k + first.v) / first.k[0].shape[2]
     fit = int(free_memory(first.k[0].device) / 2 / (token_bytes * group_capacity))
+    fit = max(1, fit)
     if fit < groups:
-        warnings.warn(f"memory holds keys of {max(1, fit)} prompts, not of {groups}", stacklevel=5)
-    return min(max(1, fit), groups)
+        warnings.warn(f"memory holds keys of {fit} prompts, not of {groups}", stacklevel=5)
+    return min(fit, groups)
 
 
 @torch.no_grad()  # also while the consumer of this generator is at work: restored at every yield
@@ -452,7 +476,7 @@ def generate_stream(
     fewer groups of n, agree(how many it holds) says how many: processes that share a model must
     have equally many. Raises UserError for settings and prompts that cannot be sampled.
     """
-    if not 0 < top_p <= 1 or temperature < 0 or min(max_new, n) < 1:
+    if not 0 < top_p <= 1 or not temperature >= 0 or min(max_new, n) < 1:
         raise UserError(
             f"temperature {temperature}, top-p {top_p}, max_new {max_new}, n {n}: needs a "
             "temperature of 0 (greedy) or more, 0 < top-p <= 1, at least one token of one sample"
@@ -629,10 +653,10 @@ def propose(
     section 2.2, step 1); also a count of what became of every request.
 
     template has a place for each example, {1}, {2}, ...: NUM_GENERATED of them are prompts
-    accepted before, the others seeds. write(ids, keys) continues id lists; the first line of what
-    it writes is the new prompt. It is dropped if it is too similar (ROUGE-L over `rouge`) to a
-    seed, to one accepted before or to one of `earlier`, or if it stands in `held_out`. Raises
-    UserError after attempts * count requests.
+    accepted before, the others seeds. write(ids, keys) continues id lists, at most `wave` at a
+    time; the first line of what it writes is the new prompt. It is dropped if it is too similar
+    (ROUGE-L over `rouge`) to a seed, to one accepted before or to one of `earlier`, or if it
+    stands in `held_out`. Raises UserError after attempts * count requests.
     """
     num_examples = count_placeholders(template, "the prompt writer's template")
     template_tokens = len(tok.encode_with_bos(template))
@@ -803,19 +827,24 @@ def main():
 
 def run_command(main: Callable):
     """Run a command; what the user must mend is one line and exit code 1."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8
     try:
         main()
         sys.stdout.flush()
     except UserError as e:
         sys.exit(f"error: {e}")
-    except BrokenPipeError:  # the reader has seen enough, as in `| head`; the rest goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted; what was finished is on disk", file=sys.stderr)
+        print("interrupted; files that were finished are whole", file=sys.stderr)
         sys.exit(130)
     except OSError as e:
-        sys.exit(f"error: {e.filename or 'output'}: {e.strerror}")
+        if not e.filename:  # stdout: full, or its reader has seen enough, as in `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(
+            1
+            if isinstance(e, BrokenPipeError)
+            else f"error: {e.filename or 'output'}: {e.strerror}"
+        )
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ outside judge (scripts/pick_checkpoint.py), torch.compile of the training step.
 """
 
 import argparse
+import fcntl
 import gc
 import inspect
 import json
@@ -48,6 +49,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -79,9 +81,9 @@ class Config:
     folder's recipe.json overrides them, and flags override that."""
 
     init: str = "data/zoo/base"  # M0: folder of the pretrained model
-    data: str = "data/zoo"  # folder with ift.jsonl, eft.jsonl, test.jsonl, judge.txt, propose.txt
+    data: str = "data/zoo"  # folder with ift.jsonl, judge.txt, propose.txt ... (docs/files.md)
     out: str = "runs/zoo"  # run folder; the same command resumes it
-    iters: int = 3  # models to make: M1 by SFT, each further one by a round of DPO
+    iters: int = 3  # models to make: M1 from M0 by fine-tuning, each further one by a round of DPO
     seed: int = 0  # of everything that is drawn
     writer: str = ""  # model that writes the new prompts of all rounds; empty: M0
     prompts: str = "5000,9000"  # new prompts a round, the last for all further ones (our choice)
@@ -90,7 +92,7 @@ class Config:
     candidates: int = 4  # responses to each prompt (N)
     votes: int = 3  # judgements of each response
     temperature: float = 0.7  # of responses and judgements
-    top_p: float = 0.9  # of all sampling
+    top_p: float = 0.9  # of all sampling, the prompt writer's too
     max_response: int = 1024  # most tokens of a response
     max_judgement: int = 256  # most tokens of a judgement
     sample_batch: int = 32  # sequences sampled side by side in one process
@@ -110,13 +112,14 @@ class Config:
     activation_checkpointing: bool = False  # compute activations again in backward: less memory
 
 
-# These change no product but its last bits, and may change when a run is resumed.
+# These change no product but its last bits, and may change when a run is resumed; paths may be
+# spelled otherwise, since what they lead to is compared.
 MUTABLE_FIELDS = "out iters sample_batch micro_tokens save_every keep_every tp".split()
-MUTABLE_FIELDS += ["activation_checkpointing"]
+MUTABLE_FIELDS += ["activation_checkpointing", "init", "writer", "data"]
 DATA_FILES = "ift.jsonl eft.jsonl eft_ranked.jsonl eft_eval.jsonl test.jsonl valid.jsonl".split()
 DATA_FILES += ["judge.txt", "propose.txt"]
 WRITER_TEMPERATURE = 0.6  # of the prompt writer (paper section 2.2)
-BATCHES_PER_CHUNK = 8  # batches of sequences a process samples between two looks at the disk
+BATCHES_PER_CHUNK = 8  # batches of sequences a process samples between two appends to disk
 
 
 class Data(NamedTuple):
@@ -127,7 +130,7 @@ class Data(NamedTuple):
     eft_ranked: list[dict]
     eft_eval: list[dict]
     test: list[dict]
-    held_out: list[str]  # prompts that nothing is trained on
+    held_out: list[str]  # no new prompt may equal one of these word for word
     judge_template: str
     propose_template: str
 
@@ -187,8 +190,29 @@ def train_sft(run: Run, name: str, rows: list[dict]):
     lr = run.cfg.sft_lr
     objective = Objective(to_tensors, sft_loss, lambda e: len(e[1]), lr, final_lr_ratio=0.2)
     batches = dpo.make_batches(fitting, run.cfg.batch, run.cfg.sft_epochs, (run.cfg.seed, name))
+    check_dropout(run, model, name, fitting, batches[0], objective)
     train_model(run, model, name, batches, fitting, objective)
     save_model(run, model, tok, name)
+
+
+@torch.no_grad()
+def check_dropout(run: Run, model, name: str, examples, batch, objective: "Objective"):
+    """Warn where dropout wrecks a model that never saw it: M0's loss with it and without."""
+    if not run.cfg.dropout:
+        return
+    losses = []
+    for training in (False, True):
+        model.train(training)
+        total = 0.0
+        for rows, weight in my_micro_batches(run, batch, examples):
+            loss, _ = objective.loss(model, *objective.collate([examples[i] for i in rows]))
+            total += loss.item() * weight
+        losses.append(sum_over_ranks({"loss": total}, run.cfg.tp)["loss"])
+    if losses[1] > 1.5 * losses[0]:
+        log(
+            f"warning, {name}: dropout {run.cfg.dropout} multiplies the loss of {run.cfg.init} by "
+            f"{losses[1] / losses[0]:.1f}: it was trained without; try --dropout 0"
+        )
 
 
 def make_eft(run: Run) -> list[dict]:
@@ -488,12 +512,26 @@ def accumulate_gradients(run: Run, model, batch, examples, objective: Objective)
         loss, metrics = objective.loss(model, *tensors)
         (loss * weight * run.dp_size / num_items).backward()  # FSDP takes the mean over dp ranks
         results.append((weight, tensors[0].numel(), metrics))
+    if run.dp_size > 1 and not isinstance(model, FSDPModule):
+        average_gradients(model)
     sums = Counter()
     for weight, count, metrics in results:  # only now: reading a number waits for the device
         sums["tokens"] += count * weight
         for key, value in metrics.items():
             sums[key] += value.item() * weight / num_items
     return sum_over_ranks(sums, run.cfg.tp)
+
+
+def average_gradients(model):
+    """The mean of the replicas' gradients, in one exchange: FSDP makes one a block, which takes
+    longer than the work of a small model."""
+    grads = [p.grad for p in model.parameters()]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    parts = flat.split([grad.numel() for grad in grads])
+    for grad, part in zip(grads, parts, strict=True):
+        grad.copy_(part.view_as(grad))
 
 
 def my_micro_batches(run: Run, batch: list[int], examples: list[tuple]):
@@ -516,6 +554,8 @@ def log_step(run: Run, name: str, step: int, steps: int, metrics: dict):
     values = " ".join(f"{key} {value:.4g}" for key, value in metrics.items())
     rate = metrics["tokens"] / metrics["seconds"]
     log(f"{name} step {step}/{steps} {values} {rate:,.0f} tok/s")
+    if metrics["grad_norm"] > 100:
+        log(f"warning, {name}: a gradient norm of {metrics['grad_norm']:.0f} is out of proportion")
 
 
 # ---- the frozen reference of DPO: two columns of pairs.jsonl ---------------------------------
@@ -565,7 +605,7 @@ def check_reference(run: Run, model, examples, batch, name: str, next_name: str)
         raise UserError(
             f"{run.folder}/{next_name}/pairs.jsonl: its reference log-probs differ by "
             f"{differences / num_tokens:.3g} a token from those of {name}, where DPO starts; "
-            "remove all rows but prompts.jsonl there and start again"
+            "remove all files but prompts.jsonl there and start again"
         )
     log(f"{next_name}: policy and reference are one model: the loss is ln 2 before dropout")
 
@@ -653,13 +693,47 @@ def open_run(cfg: Config, mesh) -> Run:
             check_tp(read_shape(model_folder)[0], cfg.tp, model_folder)
     paths = [path for path in (Path(cfg.data) / name for name in DATA_FILES) if path.exists()]
     files = {path.name: fingerprint(path.read_bytes()) for path in paths}
+    files["init"] = fingerprint_model(Path(cfg.init))
+    files["writer"] = fingerprint_model(Path(cfg.writer or cfg.init))
     check_same_run(cfg, folder / "config.json", files)
     dist.barrier()  # nobody writes before all have read
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        lock_run(folder)
+        if not (folder / "config.json").exists():
+            for model_folder in sorted(folder.glob("*/config.json")):
+                log(f"{model_folder.parent}: is there already and taken as it is")
         write_json(folder / "config.json", asdict(cfg) | {"files": files})
     dp_rank, dp_size = mesh["dp"].get_local_rank(), mesh["dp"].size()
     return Run(cfg, folder, data, mesh, mesh.device_type, dp_rank, dp_size)
+
+
+def fingerprint_model(folder: Path) -> str:
+    """Of the sizes and the last MiB of every weights file: enough to know a model again."""
+    ends = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as f:
+            f.seek(max(0, path.stat().st_size - (1 << 20)))
+            ends.append((path.name, path.stat().st_size, f.read()))
+    return fingerprint(ends)
+
+
+RUN_LOCK = []  # file descriptor of the run folder at work
+
+
+def lock_run(folder: Path):
+    """UserError where another process works in this run folder; the lock of a dead one is free."""
+    while RUN_LOCK:
+        os.close(RUN_LOCK.pop())
+    RUN_LOCK.append(os.open(folder, os.O_RDONLY))
+    try:
+        fcntl.flock(RUN_LOCK[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"{folder}: another train.py is at work here; give another --out"
+        ) from None
+    except OSError:  # a file system without locks
+        log(f"{folder}: cannot be locked; do not start a second train.py in it")
 
 
 def read_data(cfg: Config, folder: Path) -> Data:
@@ -819,11 +893,12 @@ def init_distributed(cfg: Config):
 
 
 def load_model(run: Run, folder):
-    """Load a model folder into fp32 master weights, on the device, sharded over the processes."""
+    """Load a model folder into fp32 master weights, on the device, sharded over the processes;
+    on CPUs in fp32 every process has the whole model, see average_gradients."""
     dtype = run.cfg.dtype or ("bfloat16" if run.device == "cuda" else "float32")
-    nothing_to_do = run.mesh.size() == 1 and run.device == "cpu" and dtype == "float32"
+    replicated = run.device == "cpu" and dtype == "float32" and run.cfg.tp == 1
     shard = None
-    if not nothing_to_do or run.cfg.activation_checkpointing:
+    if not replicated or run.cfg.activation_checkpointing:
         gc.collect()  # the model before: FSDP has tied it into cycles
         shard = partial(
             parallelize,
@@ -881,11 +956,16 @@ def progress(run: Run, path: Path, total: int, unit: str):
     my_total = -(-total // run.dp_size)
     disable = dist.get_rank() != 0 or not sys.stderr.isatty()
     with tqdm(total=my_total, desc=title, unit=f" {unit}", disable=disable) as bar:
+        last_line = start
 
         def callback(tokens: int, ended: int):
+            nonlocal last_line
             counts["tokens"] += tokens
             counts["ended"] += ended
             bar.update(ended)
+            if disable and time.time() - last_line > 60:  # no bar: a line a minute
+                last_line = time.time()
+                log(f"{title}: {counts['ended']:,} of {my_total:,} {unit}")
 
         yield callback
     counts = sum_over_ranks(counts, run.cfg.tp)

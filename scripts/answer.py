@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from model import Llama, Tokenizer, UserError, atomic_write, read_json
+from model import Llama, Tokenizer, UserError, atomic_write, read_json, read_text
 from sample import load_for_sampling, read_jsonl, respond, run_command, sampling_settings
 
 # ---- prompts in ------------------------------------------------------------------------------
@@ -39,13 +39,13 @@ MT_BENCH = {
 
 
 def read_questions(path: Path) -> list[dict]:
-    """The rows of a .json list or of JSON lines, each with "turns": what the user says in turn.
+    """The rows of a JSON list or of JSON lines, each with "turns": what the user says in turn; and
+    with "row": itself.
 
-    A row names it "prompt", "instruction" (AlpacaEval) or "turns" (MT-Bench). Raises UserError.
+    A row names it "prompt", "instruction" and "input" (Alpaca, AlpacaEval) or "turns" (MT-Bench).
+    Raises UserError.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: not found; give a .json or .jsonl file of prompts")
-    rows = read_json(path, list) if path.suffix == ".json" else read_jsonl(path)
+    rows = read_rows(path)
     if not rows:
         raise UserError(f"{path}: holds no prompts; give rows with a prompt")
     questions = []
@@ -53,25 +53,57 @@ def read_questions(path: Path) -> list[dict]:
         turns = turns_of(row)
         if turns is None:
             raise UserError(
-                f"{path}: row {number} has no text as prompt or instruction, nor a list of turns; "
-                "mend it"
+                f"{path}: row {number} has no text as prompt or instruction (with a text as input "
+                "or none), nor a list of turns; mend it"
             )
         if len(turns) > 1 and "question_id" not in row:
             raise UserError(
                 f"{path}: row {number} has {len(turns)} turns and no question_id; mend it"
             )
-        questions.append(row | {"turns": turns})
+        questions.append(row | {"turns": turns, "row": row})
     return questions
+
+
+def read_rows(path: Path) -> list:
+    """A JSON list or JSON lines, whatever the file's name. Raises UserError."""
+    remedy = "give a .json or .jsonl file of prompts"
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; {remedy}")
+    is_list = read_text(path, remedy).lstrip().startswith("[")
+    rows = read_json(path, list) if is_list else read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        try:
+            json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
+        except ValueError:
+            raise UserError(
+                f"{path}: row {number} holds NaN, Infinity or half of a surrogate pair, which no "
+                "JSON can hold; write null or mend it"
+            ) from None
+    return rows
 
 
 def turns_of(row) -> list[str] | None:
     """What the user says in a row of a prompt file; None where that is not one text or more."""
     if not isinstance(row, dict):
         return None
-    turns = row.get("turns") or [row.get("instruction", row.get("prompt"))]
+    if row.get("turns"):
+        turns = row["turns"]
+    elif "instruction" in row:
+        turns = [with_input(row["instruction"], row.get("input"))]
+    else:
+        turns = [row.get("prompt")]
     if isinstance(turns, list) and all(isinstance(t, str) and t.strip() for t in turns):
         return turns
     return None
+
+
+def with_input(instruction, text) -> str | None:
+    """Alpaca's instruction and what it is about as one prompt; None where they are no texts."""
+    if text is None:
+        return instruction
+    if not isinstance(instruction, str) or not isinstance(text, str):
+        return None
+    return f"{instruction}\n{text}" if text.strip() else instruction
 
 
 def question_temperature(question: dict, default: float) -> float:
@@ -102,7 +134,7 @@ def answer_questions(
     check_room(questions, tok, max_new, model.cfg.max_len)
     todo = []
     for i, question in enumerate(questions):
-        todo.append(question | {"id": i, "responses": [], "truncated": []})
+        todo.append(question | {"number": i, "responses": [], "truncated": []})
     sampling = {"batch": batch, "max_new": max_new, "top_p": top_p}
     with tqdm(total=len(todo), unit=" prompts", disable=None) as bar:
         for start in range(0, len(todo), 4 * batch):
@@ -128,7 +160,7 @@ def answer_turn(model: Llama, tok: Tokenizer, group: list[dict], turn: int, **sa
     with_turn = [q for q in group if len(q["turns"]) > turn]
     for temperature in sorted({q["temperature"] for q in with_turn}):
         questions = [q for q in with_turn if q["temperature"] == temperature]
-        rows = [{"id": q["id"], "turns": conversation(q, turn)} for q in questions]
+        rows = [{"id": q["number"], "turns": conversation(q, turn)} for q in questions]
         responses = respond(model, tok, rows, n=1, temperature=temperature, **sampling)
         for question, row in zip(questions, responses, strict=True):
             question["responses"].append(row["response"])
@@ -165,8 +197,17 @@ def mt_bench_row(question: dict, name: str) -> dict:
     }
 
 
+PROMPT_KEYS = ("prompt", "instruction", "input", "turns")
+# What a row of a prompt file may hold of another's answer.
+ANSWER_KEYS = ("output", "response", "generator", "k", "tokens", "truncated")
+
+
 def plain_row(question: dict) -> dict:
-    return {
+    """The prompt and the response, with what else the row of the prompt file holds, as its id."""
+    others = dict(question["row"])
+    for key in PROMPT_KEYS + ANSWER_KEYS:
+        others.pop(key, None)
+    return others | {
         "prompt": question["turns"][0],
         "response": question["responses"][0],
         "truncated": question["truncated"][0],

@@ -10,7 +10,8 @@ of prompt and response. Prompts are matched by their text.
 The judge sees a prompt and both responses, in both orders; a side wins where both verdicts are for
 it (paper section 3.1). An oracle grades each response by itself. What an endpoint or a checkpoint
 has said is kept in a cache file as soon as it is there, so the same command goes on after a
-failure and pays for nothing twice.
+failure and pays for nothing twice. A question that the endpoint refuses, or whose judgement is cut
+or empty, has no verdict: it is counted, and asked again by the same command.
 
 Left out: win rates corrected for length, several judges at once, APIs other than OpenAI's chat
 completions.
@@ -38,7 +39,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from judge import fill
+from judge import fill, without_thinking
 from model import UserError, read_shape, write_json
 from sample import generate, load_for_sampling, run_command
 from scripts.answer import read_questions
@@ -82,13 +83,38 @@ def parse_verdict(text: str) -> int | None:
     """1 where the first response is better, -1 where the second is, 0 for a tie, None: unreadable.
 
     Give it generated text only. The last `Verdict:` decides: "Verdict: 1 ... **Verdict:** 2" is
-    -1, "Verdict: 1 or 2" and "Verdict: 3" are None.
+    -1, "Verdict: 1 or 2" and "Verdict: 3" are None. What a judge thinks aloud is no verdict.
     """
-    *before, after = VERDICT_MARKER.split(text)
+    *before, after = VERDICT_MARKER.split(without_thinking(text))
     if not before:
         return None
     side = SIDE.match(after)
     return VERDICTS[side[1].lower()] if side else None
+
+
+# why a judgement is no answer; a refusal adds its reason behind a colon
+CUT = "cut by --max-tokens"
+EMPTY = "empty"
+REFUSED = "refused"
+NO_ROOM = "too long for the judge's context"
+UNREADABLE = "without a readable verdict"
+
+
+class Judgement(NamedTuple):
+    """What a judge has said, and why it is no answer (None: it is one)."""
+
+    text: str
+    problem: str | None = None
+
+    @property
+    def verdict(self) -> int | None:
+        return None if self.problem else parse_verdict(self.text)
+
+    @property
+    def why_no_verdict(self) -> str | None:
+        if self.problem or self.verdict is not None:
+            return self.problem
+        return UNREADABLE
 
 
 # ---- two sets of answers ---------------------------------------------------------------------
@@ -114,10 +140,12 @@ def read_answers(path: Path) -> Answers:
 
 
 def judge_both_orders(a: Answers, b: Answers, ask: Callable[[list[str]], dict]) -> list[dict]:
-    """Rows {"prompt", "a", "b", "outcome", "a_first", "b_first"} of the prompts in common.
+    """Rows {"prompt", "a", "b", "outcome", "problem", "verdicts", "a_first", "b_first"} of the
+    prompts in common.
 
     outcome is 1 where both verdicts are for a, -1 where both are for b, 0 where they differ or
-    tie, None where one of them is unreadable. ask(judge prompts) -> {judge prompt: judgement}.
+    tie, None where one of them is missing: problem says why. verdicts are those of parse_verdict
+    with a shown first and with b shown first. ask(judge prompts) -> {judge prompt: Judgement}.
     """
     judge_prompts = {}
     for key in common_prompts(a, b):
@@ -126,13 +154,21 @@ def judge_both_orders(a: Answers, b: Answers, ask: Callable[[list[str]], dict]) 
         judge_prompts[key] = a_first, b_first
     judgements = ask([text for both in judge_prompts.values() for text in both])
     rows = []
-    for key, (a_first, b_first) in judge_prompts.items():
+    for key, both in judge_prompts.items():
         row = {"prompt": key[0], "a": a[key], "b": b[key]}
-        row["outcome"] = agreed_outcome(
-            parse_verdict(judgements[a_first]), parse_verdict(judgements[b_first])
-        )
-        rows.append(row | {"a_first": judgements[a_first], "b_first": judgements[b_first]})
+        rows.append(row | both_orders(*[judgements[text] for text in both]))
     return rows
+
+
+def both_orders(a_first: Judgement, b_first: Judgement) -> dict:
+    """The rest of such a row."""
+    return {
+        "outcome": agreed_outcome(a_first.verdict, b_first.verdict),
+        "problem": a_first.why_no_verdict or b_first.why_no_verdict,
+        "verdicts": [a_first.verdict, b_first.verdict],
+        "a_first": a_first.text,
+        "b_first": b_first.text,
+    }
 
 
 def agreed_outcome(a_first: int | None, b_first: int | None) -> int | None:
@@ -151,11 +187,11 @@ def judge_by_oracle(a: Answers, b: Answers, oracle) -> list[dict]:
     for key in common_prompts(a, b):
         a_grade = true_grade(oracle, key[0], a[key])
         b_grade = true_grade(oracle, key[0], b[key])
-        outcome = None
+        outcome, problem = None, "not of the oracle's world"
         if a_grade is not None and b_grade is not None:
-            outcome = int(np.sign(a_grade - b_grade))
+            outcome, problem = int(np.sign(a_grade - b_grade)), None
         row = {"prompt": key[0], "a": a[key], "b": b[key], "outcome": outcome}
-        rows.append(row | {"a_grade": a_grade, "b_grade": b_grade})
+        rows.append(row | {"problem": problem, "a_grade": a_grade, "b_grade": b_grade})
     return rows
 
 
@@ -169,24 +205,24 @@ def win_rate(a: Answers, b: Answers, rows: list[dict]) -> dict:
     Raises UserError where no row has a verdict.
     """
     outcomes = [row["outcome"] for row in rows if row["outcome"] is not None]
+    problems = [row["problem"] for row in rows if row["outcome"] is None]
     if not outcomes:
         raise UserError(
-            f"none of {len(rows)} prompts has a verdict that can be read in both orders (what the "
-            "judge said is in its cache): take another judge or another --max-tokens"
+            f"none of {len(rows)} prompts has a verdict that can be read in both orders "
+            f"({count_problems(problems)}; what the judge said is in its cache): take another "
+            "judge or another --max-tokens"
         )
     result = head_to_head(outcomes, [0] * len(outcomes))
     result["prompts"] = len(rows)
     result["unmatched"] = len(a) + len(b) - 2 * len(rows)
-    result["no_verdict"] = len(rows) - len(outcomes)
+    result["problems"] = problems
     result["characters"] = [mean(len(row[side]) for row in rows) for side in ("a", "b")]
     return result | order_bias(rows)
 
 
 def order_bias(rows: list[dict]) -> dict:
     """How many verdicts are for one response, and the ratio of them for the one shown first."""
-    verdicts = []
-    for row in rows:
-        verdicts += [parse_verdict(row[order]) for order in ("a_first", "b_first") if order in row]
+    verdicts = [verdict for row in rows for verdict in row.get("verdicts", [])]
     one_sided = [verdict for verdict in verdicts if verdict]
     return {
         "one_sided": len(one_sided),
@@ -194,70 +230,108 @@ def order_bias(rows: list[dict]) -> dict:
     }
 
 
+def count_problems(problems: list[str]) -> str:
+    """Why there is no verdict, in words: "2 empty, 1 refused (HTTP 400: too long)"."""
+    first_details = {}
+    counts = Counter()
+    for problem in problems:
+        kind, _, detail = problem.partition(": ")
+        counts[kind] += 1
+        first_details.setdefault(kind, detail)
+    texts = []
+    for kind, count in counts.most_common():
+        detail = first_details[kind]
+        if detail and count > 1:
+            detail = f"the first: {detail}"
+        texts.append(f"{count} {kind} ({detail})" if detail else f"{count} {kind}")
+    return ", ".join(texts)
+
+
 # ---- the cache -------------------------------------------------------------------------------
 
 
-def ask_cached(judge_prompts: list[str], judge_id: list, cache: Path, ask: Callable) -> dict:
-    """{judge prompt: judgement}, asking only for those that the cache file lacks.
+def ask_cached(
+    judge_prompts: list[str], judge_id: list, old_judge_id: list, cache: Path, ask: Callable
+) -> dict[str, Judgement]:
+    """{judge prompt: judgement}, asking only for those of which the cache file has no answer.
 
-    judge_id is what a judgement depends on besides the prompt, as a JSON list. ask(judge prompts,
-    store) calls store(judge prompt, judgement), from any thread, as soon as there is one: then it
-    is on disk. What it leaves out has an empty judgement.
+    judge_id is what an answer depends on besides the prompt, as a JSON list; old_judge_id is that
+    of the first edition, with the token limit. ask(judge prompts, store, some_answered) calls
+    store(judge prompt, judgement), from any thread, as soon as there is one: then it is on disk.
     """
-    keys = {text: cache_key(judge_id, text) for text in judge_prompts}
     try:
-        judgements = read_cache(cache)
-        missing = [text for text, key in keys.items() if key not in judgements]
+        judgements = cached_answers(judge_prompts, judge_id, old_judge_id, cache)
+        missing = [text for text in dict.fromkeys(judge_prompts) if text not in judgements]
+        num_judgements = len(missing) + len(judgements)
         print(
-            f"{len(missing)} of {len(keys)} judgements to ask for; they are kept in {cache}",
+            f"{len(missing)} of {num_judgements} judgements to ask for; they are kept in {cache}",
             flush=True,
         )
         if missing:
-            fill_cache(missing, keys, judgements, cache, ask)
+            fill_cache(missing, judge_id, judgements, cache, ask)
     except (KeyboardInterrupt, OSError) as e:
         raise UserError(
             f"{str(e) or 'interrupted'}; judgements so far are in {cache}, "
             "the same command goes on"
         ) from None
-    return {text: judgements.get(key, "") for text, key in keys.items()}
+    return judgements
 
 
 def cache_key(judge_id: list, judge_prompt: str) -> str:
     return hashlib.sha256(json.dumps([judge_id, judge_prompt]).encode()).hexdigest()
 
 
-def read_cache(path: Path) -> dict[str, str]:
-    """{key: judgement}. A line that a killed process left half-written counts as not asked."""
+def cached_answers(
+    judge_prompts: list[str], judge_id: list, old_judge_id: list, cache: Path
+) -> dict[str, Judgement]:
+    """{judge prompt: judgement} of those that the cache file has an answer to."""
+    answers = read_cache(cache)
     judgements = {}
+    for text in judge_prompts:
+        key = cache_key(judge_id, text)
+        old_answer = answers.get(cache_key(old_judge_id, text), "")
+        if key in answers:
+            judgements[text] = Judgement(answers[key])
+        elif parse_verdict(old_answer) is not None:  # else it was cut, maybe
+            judgements[text] = Judgement(old_answer)
+    return judgements
+
+
+def read_cache(path: Path) -> dict[str, str]:
+    """{key: answer}. What has a problem is no answer, nor is what a killed process left."""
+    answers = {}
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     line_start = '{"key": "'
     for number, line in enumerate(text.split("\n"), 1):
         try:
             row = json.loads(line)
-            judgements[row["key"]] = row["text"]
+            if "problem" not in row:
+                answers[row["key"]] = row["text"]
         except (ValueError, LookupError, TypeError):
             if not line.startswith(line_start[: len(line)]):
                 raise UserError(
                     f"{path}:{number}: no judgement of a judge; give another --cache"
                 ) from None
-    return judgements
+    return answers
 
 
-def fill_cache(missing: list[str], keys: dict, judgements: dict, cache: Path, ask: Callable):
+def fill_cache(missing: list[str], judge_id: list, judgements: dict, cache: Path, ask: Callable):
     """Ask for what is missing; every judgement goes into the cache file and into `judgements`."""
     lock = threading.Lock()
     with cache.open("ab") as f, tqdm(total=len(missing), unit=" judgements", disable=None) as bar:
 
-        def store(judge_prompt: str, judgement: str):
-            row = {"key": keys[judge_prompt], "text": judgement}
+        def store(judge_prompt: str, judgement: Judgement):
+            row = {"key": cache_key(judge_id, judge_prompt), "text": judgement.text}
+            if judgement.problem:
+                row["problem"] = judgement.problem
             with lock:
                 # The line's end comes first: it ends a line that a killed process left.
                 f.write(b"\n" + json.dumps(row).encode())
                 f.flush()
-                judgements[row["key"]] = judgement
+                judgements[judge_prompt] = judgement
                 bar.update()
 
-        ask(missing, store)
+        ask(missing, store, bool(judgements))
 
 
 # ---- a judge behind an endpoint --------------------------------------------------------------
@@ -278,36 +352,144 @@ class RequestFailed(Exception):
         self.wait = wait  # seconds that the server asks for
 
 
+class QuestionRefused(Exception):
+    """The endpoint answers, but not this request. The message is all that it said."""
+
+
+QUESTION_REFUSED = (400, 413, 422)  # bad, too large, unprocessable; not 401, 403, 404
+MOST_REFUSALS = 16  # before the first answer; then it is not the questions that are refused
+CHECK = "check --judge-url, --judge-model, --judge-extra and JUDGE_API_KEY"
+
+
 def ask_endpoint(
     judge_prompts: list[str],
     store: Callable,
+    some_answered: bool = False,
     *,
     url: str,
     params: dict,
     timeout: float,
     parallel: int,
 ):
-    """Ask an OpenAI-compatible endpoint, `parallel` requests at a time; an error ends it."""
-    api_key = read_api_key()
-    stop = threading.Event()
+    """Ask an OpenAI-compatible endpoint, `parallel` requests at a time; an error ends it.
+
+    A refused question is stored with its problem, and the rest goes on. Where nothing was ever
+    answered (some_answered: before), the refusals are the run's error.
+    """
+    endpoint = Endpoint(url, params, timeout, some_answered)
+    stop = endpoint.stop
 
     def work(judge_prompt: str):
-        body = params | {"messages": [{"role": "user", "content": judge_prompt}]}
         try:
             if not stop.is_set():
-                store(judge_prompt, chat_completion(url, api_key, body, stop, timeout=timeout))
+                store(judge_prompt, endpoint.ask(judge_prompt))
         except Exception:
             if not stop.is_set():  # else the first failure is the one to tell of
                 stop.set()
                 raise
 
+    shortest_first = sorted(judge_prompts, key=len)  # the last to be refused for their length
     with ThreadPoolExecutor(parallel) as pool:
         try:
-            for future in as_completed([pool.submit(work, text) for text in judge_prompts]):
+            for future in as_completed([pool.submit(work, text) for text in shortest_first]):
                 future.result()
         finally:
             # After an error or Ctrl-C nothing new is asked. What is on its way is waited for.
             stop.set()
+    endpoint.check_refusals(1)
+
+
+class Endpoint:
+    """A judge behind a URL. It learns which request fields the judge takes; for many threads."""
+
+    def __init__(self, url: str, params: dict, timeout: float, some_answered: bool):
+        self.url = completions_url(url)
+        self.params = params  # the fields of a request besides the question
+        self.timeout = timeout
+        self.some_answered = some_answered
+        self.refusals = []  # what was said
+        self.api_key = read_api_key()
+        self.stop = threading.Event()
+        self.lock = threading.Lock()
+
+    def ask(self, judge_prompt: str) -> Judgement:
+        """One question. Where a field was refused, it is asked again as the judge wants it."""
+        params = self.params
+        messages = [{"role": "user", "content": judge_prompt}]
+        refused_fields = []
+        while True:
+            body = params | {"messages": messages}
+            try:
+                judgement = chat_completion(
+                    self.url, self.api_key, body, self.stop, timeout=self.timeout
+                )
+                break
+            except QuestionRefused as e:
+                refusal = str(e)
+            field = refused_field(params, refusal)
+            if field is None:
+                return self.count_refusal(refusal)
+            params = without_field(params, field)
+            refused_fields.append(field)
+        self.some_answered = True
+        if refused_fields:
+            self.adopt(params, refused_fields)
+        return judgement
+
+    def adopt(self, params: dict, refused_fields: list[str]):
+        """What was answered once, while the fields were refused, is how all is asked from now on.
+
+        A refused question may name a field without meaning it: then it is refused again.
+        """
+        with self.lock:
+            if self.params != params:
+                self.params = params
+                for field in refused_fields:
+                    tqdm.write(f"The endpoint refuses {field}: {NEWER_MODELS[field]}.")
+
+    def count_refusal(self, refusal: str) -> Judgement:
+        """The judgement of a refused question, or UserError where every question is refused."""
+        problem = one_line(refusal, self.api_key)
+        self.refusals.append(problem)
+        self.check_refusals(MOST_REFUSALS)
+        return Judgement("", f"{REFUSED}: {problem}")
+
+    def check_refusals(self, most: int):
+        if len(self.refusals) >= most and not self.some_answered:
+            raise UserError(
+                f"{self.url}: refused {len(self.refusals)} questions and answered none "
+                f"({self.refusals[0]}); {CHECK}"
+            )
+
+
+def completions_url(url: str) -> str:
+    """Where to post, for https://host/v1 and for Azure's https://host/deployment?api-version=x."""
+    path, question_mark, query = url.partition("?")
+    path = path.rstrip("/").removesuffix("/chat/completions")
+    return f"{path}/chat/completions{question_mark}{query}"
+
+
+# Request fields that newer models do not take, and what becomes of them.
+NEWER_MODELS = {
+    "max_tokens": "from now on the limit is sent as max_completion_tokens",
+    "temperature": "from now on it is left out, and the model's own temperature counts",
+}
+
+
+def refused_field(params: dict, refusal: str) -> str | None:
+    """The one of them that is among the request fields and named by a refusal."""
+    for field in NEWER_MODELS:
+        if field in params and field in refusal:
+            return field
+    return None
+
+
+def without_field(params: dict, field: str) -> dict:
+    """The request fields as newer models want them."""
+    others = {name: value for name, value in params.items() if name != field}
+    if field == "max_tokens":
+        others["max_completion_tokens"] = params[field]
+    return others
 
 
 def read_api_key() -> str:
@@ -329,23 +511,21 @@ def chat_completion(
     timeout: float,
     tries: int = 6,
     pause: float = 1.0,
-) -> str:
-    """The text that a chat completions endpoint answers with; "" for one without text (a refusal).
+) -> Judgement:
+    """What a chat completions endpoint answers with; cut or without text, it has a problem.
 
     What may pass is tried again, each time after twice the pause, or later where the server says
     so: no connection, a time-out, 408, 429, 5xx, a reply that is no chat completion. Raises
-    UserError for the rest, and after the last try.
+    QuestionRefused for 400, 413 and 422, UserError for the rest, and after the last try.
     """
     request = build_request(url, api_key, body)
     for attempt in range(tries):
         try:
-            return completion_text(fetch(request, timeout))
+            return read_completion(fetch(request, timeout))
         except RequestFailed as failure:
-            problem = f"{request.full_url}: {one_line(str(failure), api_key)}"
+            problem = f"{url}: {one_line(str(failure), api_key)}"
             if not failure.temporary:
-                raise UserError(
-                    f"{problem}; check --judge-url, --judge-model and JUDGE_API_KEY"
-                ) from None
+                raise UserError(f"{problem}; {CHECK}") from None
             wait = failure.wait + pause * 2**attempt * random.uniform(0.5, 1)
         if attempt + 1 == tries or stop.wait(wait):
             break
@@ -357,9 +537,11 @@ def chat_completion(
 
 def build_request(url: str, api_key: str, body: dict) -> urllib.request.Request:
     headers = {"Content-Type": "application/json", "User-Agent": "scripts/compare.py"}
-    data = json.dumps(body).encode()
-    request = urllib.request.Request(url + "/chat/completions", data, headers)
-    if api_key:  # for this host, not for where it may redirect to
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    # The key is for this host, not for where it may redirect to.
+    if api_key and "/openai/deployments/" in url:  # Azure's name for it
+        request.add_unredirected_header("api-key", api_key)
+    elif api_key:
         request.add_unredirected_header("Authorization", f"Bearer {api_key}")
     return request
 
@@ -387,18 +569,41 @@ def open_url(request: urllib.request.Request, timeout: float):
         return e
 
 
-def completion_text(reply: HTTPReply) -> str:
-    """The text in a chat completion. Raises RequestFailed where it is something else."""
+def read_completion(reply: HTTPReply) -> Judgement:
+    """The text in a chat completion. Raises QuestionRefused or RequestFailed for all else."""
     content = reply.body.decode("utf-8", "replace")
+    if reply.status in QUESTION_REFUSED:
+        raise QuestionRefused(f"HTTP {reply.status}: {content}")
     if reply.status != 200:
         temporary = reply.status in (408, 429) or reply.status >= 500
         wait = min(int(reply.retry_after), 60) if reply.retry_after.isdecimal() else 0
         raise RequestFailed(f"HTTP {reply.status}: {content}", temporary, wait)
-    with suppress(ValueError, LookupError, TypeError):
-        text = json.loads(reply.body)["choices"][0]["message"]["content"]
-        if text is None or isinstance(text, str):
-            return text or ""
+    with suppress(ValueError, LookupError, TypeError, AttributeError):
+        choice = json.loads(reply.body)["choices"][0]
+        reason = choice.get("finish_reason")
+        message = choice["message"]
+        if not reason:  # then the text must be there; a filtered or cut message may have none
+            return end_judgement(content_text(message["content"]), reason)
+        return end_judgement(content_text(message.get("content")), reason)
     raise RequestFailed(f"no chat completion: {content}", temporary=True)
+
+
+def content_text(content: str | list | None) -> str:
+    """A message's text: of a list of parts, those that are text, and not what was thought."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def end_judgement(text: str, finish_reason: str | None) -> Judgement:
+    """The judgement, or the problem, that a text is which ended for this reason."""
+    if finish_reason in ("length", "model_length", "max_tokens"):
+        return Judgement(text, CUT)
+    if finish_reason == "content_filter":
+        return Judgement(text, f"{REFUSED}: finish_reason content_filter")
+    return Judgement(text, None if text.strip() else EMPTY)
 
 
 def one_line(text: str, api_key: str) -> str:
@@ -413,18 +618,25 @@ def one_line(text: str, api_key: str) -> str:
 
 
 def ask_checkpoint(
-    judge_prompts: list[str], store: Callable, *, folder: Path, max_new: int, batch: int = 32
+    judge_prompts: list[str],
+    store: Callable,
+    some_answered: bool = False,
+    *,
+    folder: Path,
+    max_new: int,
+    batch: int = 32,
 ):
     """Ask a local model, greedily, for all that leaves room for a judgement in its context."""
     model, tok = load_for_sampling(folder)
-    room = model.cfg.max_len - max_new
     texts = []
     prompts = []
     for text in sorted(judge_prompts, key=len):
         ids = tok.chat(text)
-        if len(ids) <= room:
-            texts.append(text)
-            prompts.append(ids)
+        if len(ids) + max_new > model.cfg.max_len:
+            store(text, Judgement("", NO_ROOM))
+            continue
+        texts.append(text)
+        prompts.append(ids)
     if len(texts) < len(judge_prompts):
         print(
             f"{len(judge_prompts) - len(texts)} of {len(judge_prompts)} judgements do not fit the "
@@ -435,10 +647,16 @@ def ask_checkpoint(
         keys = [()] * len(group)  # no random numbers at temperature 0
         samples = generate(model, group, keys, stop=[tok.eos], max_new=max_new, temperature=0)
         for text, (ids,) in zip(texts[start : start + batch], samples, strict=True):
-            store(text, tok.decode([i for i in ids if i != tok.eos]))
+            judgement = tok.decode([i for i in ids if i != tok.eos])
+            finish_reason = "stop" if ids[-1] == tok.eos else "length"
+            store(text, end_judgement(judgement, finish_reason))
 
 
 # ---- the judge that the flags name -----------------------------------------------------------
+
+EXTRA_EXAMPLE = """'{"reasoning_effort": "low"}'"""
+# What other flags or nobody may say.
+NOT_EXTRA = ("model", "messages", "max_tokens", "max_completion_tokens", "stream", "n")
 
 
 def add_judge_flags(parser: argparse.ArgumentParser):
@@ -446,10 +664,18 @@ def add_judge_flags(parser: argparse.ArgumentParser):
     add(
         "--judge-url",
         metavar="URL",
-        help="an OpenAI-compatible endpoint: https://host/v1, with its key in JUDGE_API_KEY or "
-        "OPENAI_API_KEY",
+        help="an OpenAI-compatible endpoint: https://host/v1, or Azure's "
+        "https://host/openai/deployments/NAME?api-version=VERSION, with its key in JUDGE_API_KEY "
+        "or OPENAI_API_KEY",
     )
     add("--judge-model", metavar="NAME", help="the model to ask there")
+    add(
+        "--judge-extra",
+        type=parse_extra,
+        default={},
+        metavar="JSON",
+        help=f"more fields of every request there: {EXTRA_EXAMPLE}",
+    )
     add("--judge-checkpoint", type=Path, metavar="FOLDER", help="a local model folder")
     add("--oracle", type=Path, metavar="FILE", help="a toy world's oracle.py")
     add = parser.add_argument_group("how it is asked").add_argument
@@ -459,12 +685,29 @@ def add_judge_flags(parser: argparse.ArgumentParser):
     add("--parallel", type=int, default=8, help="requests to an endpoint at a time (8)")
 
 
+def parse_extra(text: str) -> dict:
+    """Request fields from the command line. Raises UserError."""
+    try:
+        extra = json.loads(text)
+        json.dumps(extra, allow_nan=False)
+    except ValueError as e:
+        raise UserError(f"--judge-extra is not valid JSON ({e}): {text}") from None
+    if not isinstance(extra, dict):
+        raise UserError(f"--judge-extra is like {EXTRA_EXAMPLE}, not {text}")
+    for name in NOT_EXTRA:
+        if name in extra:
+            raise UserError(f"--judge-extra may not hold {name}; see the other flags")
+    return extra
+
+
 def check_judge_flags(args: argparse.Namespace):
     judges = [judge for judge in (args.judge_url, args.judge_checkpoint, args.oracle) if judge]
     if len(judges) != 1:
         raise UserError("name one judge: --judge-url, --judge-checkpoint or --oracle")
     if bool(args.judge_url) != bool(args.judge_model):
         raise UserError("--judge-url and --judge-model belong together")
+    if args.judge_extra and not args.judge_url:
+        raise UserError("--judge-extra goes with --judge-url")
     if args.judge_url and not re.fullmatch(r"https?://[!-~]+", args.judge_url):
         raise UserError("--judge-url is like https://host/v1")
     if min(args.max_tokens, args.parallel) < 1:
@@ -483,18 +726,23 @@ def open_judge(args: argparse.Namespace, cache: Path) -> Callable[[Answers, Answ
         return partial(judge_by_oracle, oracle=load_oracle(args.oracle))
     if args.judge_url:
         url = args.judge_url.rstrip("/")
-        params = {"model": args.judge_model, "temperature": 0, "max_tokens": args.max_tokens}
+        params = {"model": args.judge_model, "temperature": 0} | args.judge_extra
+        limited_params = params | {"max_tokens": args.max_tokens}
         judge_id = [url, params]
+        old_judge_id = [url, limited_params]
         limits = {"timeout": args.timeout, "parallel": args.parallel}
-        ask = partial(ask_endpoint, url=url, params=params, **limits)
+        ask = partial(ask_endpoint, url=url, params=limited_params, **limits)
     else:
         folder = args.judge_checkpoint
         read_shape(folder)
         weights = sorted(folder.glob("*.safetensors"))
         times = [file.stat().st_mtime_ns for file in weights]  # other weights, another judge
-        judge_id = [str(folder.resolve()), args.max_tokens, *times]
+        judge_id = [str(folder.resolve()), *times]
+        old_judge_id = [str(folder.resolve()), args.max_tokens, *times]
         ask = partial(ask_checkpoint, folder=folder, max_new=args.max_tokens)
-    ask_judge = partial(ask_cached, judge_id=judge_id, cache=args.cache or cache, ask=ask)
+    cache = args.cache or cache
+    ids = {"judge_id": judge_id, "old_judge_id": old_judge_id}
+    ask_judge = partial(ask_cached, **ids, cache=cache, ask=ask)
     return partial(judge_both_orders, ask=ask_judge)
 
 
@@ -510,11 +758,8 @@ def win_rate_text(title: str, results: dict[str, dict]) -> str:
 def explain(result: dict) -> str:
     """What else is to be known of a result of win_rate, in sentences."""
     lines = [f"{result['prompts']} prompts were compared, and all have a verdict."]
-    if result["no_verdict"]:
-        lines = [
-            f"{result['prompts']} prompts were compared. {result['no_verdict']} of them have no "
-            "verdict that can be read; the table leaves them out."
-        ]
+    if result["problems"]:
+        lines = [explain_problems(result)]
     if result["unmatched"]:
         lines.append(
             f"{result['unmatched']} more prompts are in one set only; nobody judged them."
@@ -527,6 +772,16 @@ def explain(result: dict) -> str:
     a, b = result["characters"]
     lines.append(f"Mean length of the responses: {a:.0f} and {b:.0f} characters.")
     return "\n".join(lines)
+
+
+def explain_problems(result: dict) -> str:
+    """How many prompts of a result of win_rate have no verdict, why, and the first refusal."""
+    problems = result["problems"]
+    have = "has" if len(problems) == 1 else "have"
+    return (
+        f"{result['prompts']} prompts were compared. {len(problems)} of them {have} no verdict "
+        f"that can be read, and no place in the table: {count_problems(problems)}."
+    )
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

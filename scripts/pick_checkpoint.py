@@ -32,6 +32,7 @@ from sample import load_for_sampling, read_jsonl, respond, run_command
 from scripts.compare import (
     add_judge_flags,
     check_judge_flags,
+    explain_problems,
     judge_name,
     open_judge,
     read_answers,
@@ -226,6 +227,9 @@ def main(argv: list[str] | None = None):
     names = [f"step {step} vs {before}" for before, step in pairwise(steps)]
     title = f"{args.name}: each kept model against the one before, by {judge_name(args)}"
     print(win_rate_text(title, dict(zip(names, results, strict=True))))
+    for name, result in zip(names, results, strict=True):
+        if result["problems"]:
+            print(f"{name}: {explain_problems(result)}")
     step = pick_step(steps, results)
     print(explain_pick(steps, step))
     if step == current_step(model_dir):

@@ -665,10 +665,12 @@ def find_prompt(run: Path, address: str) -> tuple[str, Round]:
         rows = Round(*([row for row in file if str(row["id"]) == number] for file in files))
         if rows.prompts:
             return name, rows
-    there = ", ".join(rounds) or "none yet"
-    raise UserError(
-        f"{run}: no prompt {address!r}; give --trace M2:17, of a round that is there ({there})"
-    )
+    there = []
+    for round_name in rounds:
+        ids = [row["id"] for row in read_round(run / round_name).prompts]
+        there.append(f"{round_name}:{min(ids)} to {round_name}:{max(ids)}" if ids else round_name)
+    choices = ", ".join(there) or "none yet"
+    raise UserError(f"{run}: no prompt {address!r}; give --trace one that is there ({choices})")
 
 
 def trace_prompt(run: Path, address: str, oracle=None) -> str:

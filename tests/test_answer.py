@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from model import UserError, read_json, save, write_json
-from sample import generate, read_jsonl
+from sample import generate, load_for_sampling, read_jsonl
 from scripts import answer
 from scripts.answer import (
     answer_file,
@@ -18,6 +18,7 @@ from scripts.answer import (
     question_temperature,
     read_questions,
 )
+from scripts.compare import read_answers
 
 QUESTIONS = [
     {
@@ -52,6 +53,8 @@ def folder(net, tok, tmp_path):
 
 # ---- prompts in ------------------------------------------------------------------------------
 
+ROW = '{"prompt": "a", "score": 1}'
+BOM = "\ufeff"
 PROMPT_FILES = {
     "alpaca.json": ('[{"instruction": "Why?", "output": "x", "dataset": "koala"}]', [["Why?"]]),
     "rows.jsonl": ('{"prompt": "a"}\n\n{"instruction": "b{}"}\n', [["a"], ["b{}"]]),
@@ -59,13 +62,28 @@ PROMPT_FILES = {
         '{"question_id": 1, "category": "math", "turns": ["a", "b"]}\n',
         [["a", "b"]],
     ),
+    "input.json": (
+        '[{"instruction": "Sort.", "input": "3, 1"}, {"instruction": "Why?", "input": ""}]',
+        [["Sort.\n3, 1"], ["Why?"]],
+    ),
+    "input.jsonl": ('{"instruction": "Sort", "input": "\\n3 {}"}', [["Sort\n\n3 {}"]]),
+    "no_input.jsonl": (
+        '{"instruction": "a", "input": null}\n{"instruction": "b", "input": " "}\n'
+        '{"prompt": "c", "input": "x"}\n{"instruction": "d", "turns": ["e"], "input": "x"}',
+        [["a"], ["b"], ["c"], ["e"]],
+    ),
+    "lines.json": (f"{ROW}\n\n{ROW}\n", [["a"], ["a"]]),
+    "list.jsonl": (f"\n [{ROW},\n {ROW}]\n", [["a"], ["a"]]),
+    "mark.json": (f"{BOM}[{ROW}]", [["a"]]),
+    "mark.jsonl": (f"{BOM}{ROW}\n{ROW}\n", [["a"], ["a"]]),
+    "mark_and_lines.json": (f"{BOM}{ROW}\r\n{ROW}\r\n", [["a"], ["a"]]),
 }
 
 
 @pytest.mark.parametrize("name", PROMPT_FILES)
 def test_prompt_files_of_all_shapes_are_read(tmp_path, name):
     text, turns = PROMPT_FILES[name]
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
     assert [q["turns"] for q in read_questions(tmp_path / name)] == turns
 
 
@@ -73,7 +91,16 @@ def test_prompt_files_of_all_shapes_are_read(tmp_path, name):
     "name, text, message",
     [
         ("a.json", "[]", "holds no prompts"),
-        ("a.json", "{}", "not a JSON list"),
+        ("a.json", "{}", "row 1 has no text"),
+        ("a.json", '[{"prompt": "a"}', "not valid JSON"),
+        ("a.json", '{\n"prompt": "a"}', ":1: not valid JSON"),
+        ("a.json", "", "holds no rows"),
+        ("a.jsonl", '["Why?"]', "row 1 has no text"),
+        ("a.jsonl", '{"prompt": "a", "score": NaN}', "(row 1 holds|:1: ).*NaN"),
+        ("a.json", '[{"prompt": "a", "s": [{"x": -Infinity}]}]', "Infinity"),
+        ("a.json", '[{"prompt": "a \\ud83e"}]', "(row 1 holds .*surrogate|ud83e)"),
+        ("a.json", '[{"instruction": "a", "input": ["b"]}]', "row 1 has no text"),
+        ("a.json", '[{"instruction": 7, "input": "b"}]', "row 1 has no text"),
         ("a.json", '["Why?"]', "row 1 has no text"),
         ("a.json", '[{"prompt": "a"}, {"prompt": null}]', "row 2 has no text"),
         ("a.jsonl", '{"prompt": 7}', "row 1 has no text"),
@@ -157,6 +184,8 @@ ANSWERED = [
     {"turns": ["Why?"], "responses": ["So é"], "truncated": [False], "dataset": "koala"},
     {"turns": ["Who?"], "responses": ["I"], "truncated": [True]},
 ]
+for question in ANSWERED:
+    question["row"] = {"prompt": question["turns"][0]}
 
 
 def test_alpaca_evals_file_is_a_list_of_its_four_fields():
@@ -172,6 +201,24 @@ def test_plain_rows_have_prompt_response_and_whether_it_was_cut():
         {"prompt": "Why?", "response": "So é", "truncated": False},
         {"prompt": "Who?", "response": "I", "truncated": True},
     ]
+
+
+def test_plain_rows_keep_what_else_their_prompt_rows_hold_but_no_other_answer():
+    own = {
+        "id": "x9",
+        "number": 7,
+        "temperature": 2,
+        "row": None,
+        "responses": [],
+        "é": {"a": [1]},
+    }
+    another_answer = {"output": "x", "response": "y", "generator": "z", "tokens": [1], "k": 3}
+    row = own | another_answer | {"instruction": "Sort.", "input": "3, 1", "truncated": True}
+    answered = row | {"turns": ["Sort.\n3, 1"], "row": row}
+    answered |= {"responses": ["1, 3"], "truncated": [False], "number": 0, "temperature": 0.7}
+    (line,) = answer_file([answered], "M3", "own", ".jsonl").splitlines()
+    expected = {"prompt": "Sort.\n3, 1", "response": "1, 3", "truncated": False}
+    assert json.loads(line) == own | expected
 
 
 def test_mt_bench_answers_have_fastchats_fields():
@@ -195,6 +242,33 @@ def prompts(tmp_path):
     path = tmp_path / "asked.jsonl"
     path.write_text('{"prompt": "Tell me about the owl"}\n{"prompt": "Where is the fox?"}\n')
     return path
+
+
+def test_ids_and_inputs_reach_the_answers_and_compare_finds_them(folder, tmp_path):
+    rows = [
+        {"id": 17, "instruction": "Where is the fox?", "source": "a", "output": "Here."},
+        {"id": "x9", "instruction": "Tell me about", "input": "the owl", "temperature": 9},
+    ]
+    prompts = tmp_path / "alpaca.json"
+    prompts.write_text(json.dumps(rows))
+    texts = ["Where is the fox?", "Tell me about\nthe owl"]
+    model, tok = load_for_sampling(folder)
+    responses = expected_answers(model, tok, texts, temperature=1.0, top_p=1.0)
+    run(folder, prompts, tmp_path / "o.jsonl", "--max-new", 9)
+    run(folder, prompts, tmp_path / "o.json", "--max-new", 9)
+    lines = read_jsonl(tmp_path / "o.jsonl")
+    assert [(row["id"], row["prompt"], row["response"]) for row in lines] == [
+        (17, texts[0], responses[0]),
+        ("x9", texts[1], responses[1]),
+    ]
+    assert lines[0]["source"] == "a" and lines[1]["temperature"] == 9
+    assert set(lines[0]) == {"id", "source", "prompt", "response", "truncated"}
+    answers = read_answers(tmp_path / "o.jsonl")
+    assert list(answers) == [(texts[0], 0), (texts[1], 0)]
+    assert read_answers(tmp_path / "o.json") == answers
+    rows = [row | {"output": "x"} for row in rows]
+    prompts.write_text(json.dumps(rows))
+    assert list(read_answers(prompts)) == list(answers), "a reference's prompts are the same"
 
 
 def expected_answers(net, tok, texts, *, seed=0, max_new=9, **settings):

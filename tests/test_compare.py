@@ -23,8 +23,16 @@ from sample import generate
 from scripts import compare
 from scripts.compare import (
     COMPARE,
+    CUT,
+    EMPTY,
+    MOST_REFUSALS,
+    NO_ROOM,
+    UNREADABLE,
+    Judgement,
+    QuestionRefused,
     ask_endpoint,
     chat_completion,
+    completions_url,
     judge_both_orders,
     parse_verdict,
     read_answers,
@@ -93,6 +101,15 @@ VERDICTS = [
     (" \n", None),
     ("Verdict: 1" + " " * 20000, 1),
     ("\u88c1\u5b9a \U0001f600\nVerdict: 2 \U0001f600", -1),
+    ("<think>Verdict: 1</think>", None),
+    ("<think>Both fail?</think>I agree: Verdict: 2", -1),
+    ("<think>\n</think>\n\nVerdict: tie", 0),
+    ("Verdict: 1</think>", None),
+    ("Verdict: 1</think>I cannot say.", None),
+    ("Verdict: 1 fits.</think>\nVerdict: 2", -1),
+    ("<think>I am to end with Verdict: 1 or Verdict: 2", None),
+    ("<think>One.</think> Again: <think>Verdict: 1", None),
+    ("<think>One.</think>Verdict: 2<think>or Verdict: 1", -1),
 ]
 
 
@@ -174,7 +191,7 @@ def test_a_side_wins_only_where_both_orders_say_so():
             x, y = shown_responses(text)
             verdict = verdicts[x][0] if x in verdicts else verdicts[y][1]
             assert x[1:] == y[1:] and f"p{x[1:]}\n" in text, "two responses to one prompt"
-            judgements[text] = f"So.\nVerdict: {verdict}"
+            judgements[text] = Judgement(f"So.\nVerdict: {verdict}")
         return judgements
 
     rows = judge_both_orders(a, b, ask)
@@ -183,9 +200,12 @@ def test_a_side_wins_only_where_both_orders_say_so():
     assert texts == [("p0", "a0", "b0"), ("p1", "a1", "b1")]
     ends = [(r["a_first"][-3:], r["b_first"][-3:]) for r in rows[:2]]
     assert ends == [(": 1", ": 2"), (": 2", ": 1")]
+    assert [r["verdicts"] for r in rows[:2]] == [[1, -1], [-1, 1]]
+    for row in rows:
+        assert row["problem"] == (UNREADABLE if row["outcome"] is None else None)
 
     result = win_rate({**a, ("more", 0): ""}, b, rows)
-    assert result["counts"] == [1, 7, 1] and result["no_verdict"] == 7
+    assert result["counts"] == [1, 7, 1] and result["problems"] == [UNREADABLE] * 7
     assert result["prompts"] == 16 and result["unmatched"] == 1
     rates = (result["win"], result["tie"], result["lose"])
     assert rates == pytest.approx((100 / 9, 700 / 9, 100 / 9))
@@ -252,9 +272,10 @@ def test_a_row_without_a_prompt_and_a_response_is_named(tmp_path, row):
 # ---- an endpoint -----------------------------------------------------------------------------
 
 
-def completion(text) -> bytes:
+def completion(text, finish_reason=None) -> bytes:
     message = {"role": "assistant", "content": text}
-    return json.dumps({"id": "x", "choices": [{"index": 0, "message": message}]}).encode()
+    choice = {"index": 0, "message": message, "finish_reason": finish_reason}
+    return json.dumps({"id": "x", "choices": [choice]}).encode()
 
 
 class Endpoint:
@@ -271,6 +292,7 @@ class Endpoint:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                self.body = body
                 judge_prompt = body["messages"][0]["content"]
                 with lock:
                     fault = next(faults, None)
@@ -372,6 +394,8 @@ def test_the_command_compares_by_an_endpoint_in_both_orders(sets, out, capsys):
         "a": "x",
         "b": "yyyyy",
         "outcome": -1,
+        "problem": None,
+        "verdicts": [-1, 1],
         "a_first": "Because.\nVerdict: 2",
         "b_first": "Because.\nVerdict: 1",
     }
@@ -483,7 +507,8 @@ def ask_once(e: Endpoint, stop=None, timeout=5.0, tries=6, pause=1.0):
     messages = [{"role": "user", "content": compare_prompt("xx", "y")}]
     body = {"model": "m", "messages": messages}
     limits = {"timeout": timeout, "tries": tries, "pause": pause}
-    return chat_completion(e.url, "sk-secret-1234", body, stop or NoWaiting(), **limits)
+    url = completions_url(e.url)
+    return chat_completion(url, "sk-secret-1234", body, stop or NoWaiting(), **limits)
 
 
 def hang(handler):
@@ -543,7 +568,7 @@ def test_what_may_pass_is_tried_again(name):
     stop = NoWaiting()
     timeout = 0.3 if name in ("hangs", "trickles") else 5
     with Endpoint(faults=[TEMPORARY[name]]) as e:
-        assert ask_once(e, stop, timeout) == "Because.\nVerdict: 1"
+        assert ask_once(e, stop, timeout) == Judgement("Because.\nVerdict: 1")
     assert len(e.bodies) == 2 and e.bodies[0] == e.bodies[1] and len(stop.waits) == 1
     low, high = (7.5, 8) if name == "429" else (0.5, 1)
     assert low <= stop.waits[0] <= high
@@ -572,7 +597,7 @@ def test_the_server_may_ask_for_a_minute_at_most(retry_after, wait):
     assert wait + 0.5 <= stop.waits[0] <= wait + 1
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
+@pytest.mark.parametrize("status", [401, 402, 403, 404, 405, 410])
 def test_what_will_not_pass_ends_at_once_in_one_line_without_the_key(status):
     body = b"x" * 280 + b" \n Bad key sk-secret-1234, \xff see our page " + b"y" * 5000
     with Endpoint(faults=[(status, {}, body)]) as e, pytest.raises(UserError) as error:
@@ -614,7 +639,7 @@ def test_after_one_failure_nothing_new_is_asked_and_judgements_are_kept():
     refused = pytest.raises(UserError, match="no credit")
     with Endpoint(faults=[first, wait_for_failure, fail]) as e, refused:
         ask_endpoint(numbered_prompts(50), judgements.__setitem__, url=e.url, **flags)
-    kept = sorted(judgements.values())
+    kept = sorted(judgement.text for judgement in judgements.values())
     assert kept == ["Verdict: 1", "Verdict: 2"], "the one on its way is waited for"
     assert len(e.bodies) == 3
 
@@ -649,7 +674,275 @@ def test_requests_are_made_side_by_side_but_no_more_than_the_flag_says():
     assert sorted(judgements) == sorted(prompts) and most[0] == 4
 
 
+# ---- an endpoint that refuses a question, or wants it asked otherwise ------------------------
+
+
+def refuse(message: str, status: int = 400):
+    return status, {}, json.dumps({"error": {"message": message, "code": None}}).encode()
+
+
+def judge_or(problems: dict):
+    """A judge for Endpoint: prefer_longer, but these replies to judge prompts with a text."""
+
+    def reply(handler, body: dict):
+        judge_prompt = body["messages"][0]["content"]
+        for text, problem in problems.items():
+            if text in judge_prompt:
+                return problem
+        return 200, {}, completion(prefer_longer(judge_prompt), "stop")
+
+    return reply
+
+
+class StrictEndpoint(Endpoint):
+    """Its replies are made by reply(handler, body of the request)."""
+
+    def __init__(self, reply):
+        self.reply = reply
+        super().__init__(faults=iter(lambda: self.answer, None))
+
+    def answer(self, handler):
+        handler.reply(*self.reply(handler, handler.body))
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_refused_question_has_no_verdict_and_the_rest_goes_on(sets, out, capsys, status):
+    replies = judge_or({"p2": refuse("Too long,\nsaid sk-1", status)})
+    with StrictEndpoint(replies) as e:
+        for num_requests in (10, 12):  # it is asked again, since it may be answered one day
+            run(*sets, *e.flags, "--out", out)
+            text = capsys.readouterr().out
+            assert len(e.bodies) == num_requests
+            assert outcomes(out) == [-1, None, 0, 1, 1]
+            assert "5 prompts were compared. 1 of them" in text
+            assert f'1 refused (HTTP {status}: {{"error": {{"message": "Too long,' in text
+        row = json.loads(out.read_text())[1]
+        assert row["problem"].startswith(f"refused: HTTP {status}: ")
+        assert row["a_first"] == "" and row["verdicts"] == [None, None]
+        e.reply = judge_or({})
+        run(*sets, *e.flags, "--out", out)
+    assert len(e.bodies) == 14 and outcomes(out) == [-1, -1, 0, 1, 1]
+    assert "all have a verdict" in capsys.readouterr().out
+
+
+def test_several_refusals_are_counted_and_the_first_is_shown(sets, capsys):
+    replies = {"p2": refuse("one"), "p3": refuse("two"), "p5": (200, {}, completion("?", "stop"))}
+    with StrictEndpoint(judge_or(replies)) as e:
+        run(*sets, *e.flags)
+    text = capsys.readouterr().out
+    assert "3 of them" in text and "2 refused (the first: HTTP 400: " in text and '"one"' in text
+    assert f"1 {UNREADABLE}" in text and '"two"' not in text
+
+
+def test_where_everything_is_refused_that_is_the_runs_error(sets, tmp_path):
+    with StrictEndpoint(judge_or({"": refuse("no such model")})) as e:
+        message = (
+            r"refused 10 questions and answered none \(HTTP 400.*no such model.*--judge-extra"
+        )
+        with pytest.raises(UserError, match=message) as error:
+            run(*sets, *e.flags)
+        assert len(e.bodies) == 10 and "\n" not in str(error.value)
+        flags = {"url": e.url, "params": {}, "timeout": 5, "parallel": 1}
+        with pytest.raises(UserError, match=f"refused {MOST_REFUSALS} questions"):
+            ask_endpoint(numbered_prompts(99), {}.__setitem__, **flags)
+        assert len(e.bodies) == 10 + MOST_REFUSALS
+        judgements = {}  # answers of an earlier start count
+        ask_endpoint(numbered_prompts(99), judgements.__setitem__, True, **flags)
+        assert len(judgements) == 99 and all(j.problem for j in judgements.values())
+    assert read_cache(tmp_path / "judge_cache.jsonl") == {}
+
+
+def test_a_server_of_a_short_context_is_asked_for_the_short_ones_first(tmp_path, capsys):
+    """Forty refused ones in front of all others are no refusal of everything."""
+    sizes = [900] * 20 + [1] * 3
+    a, b = (
+        write_answers(tmp_path / f"{n}.jsonl", [(f"p{i}", n * k) for i, k in enumerate(sizes)])
+        for n in "ab"
+    )
+    with StrictEndpoint(judge_or({"a" * 900: refuse("maximum context length")})) as e:
+        run(a, b, *e.flags)
+    assert "23 prompts were compared. 20 of them" in capsys.readouterr().out
+
+
+def strict(field: str, message: str, more=None):
+    """Refuses requests with a field; other problems come after."""
+
+    def reply(handler, body):
+        if field in body:
+            return refuse(message)
+        return (more or judge_or({}))(handler, body)
+
+    return reply
+
+
+NO_MAX_TOKENS = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+NO_TEMPERATURE = "Unsupported value: 'temperature' does not support 0 with this model."
+STRICT = {
+    "max_tokens": strict("max_tokens", NO_MAX_TOKENS),
+    "temperature": strict("temperature", NO_TEMPERATURE),
+    "both": strict("temperature", NO_TEMPERATURE, strict("max_tokens", NO_MAX_TOKENS)),
+}
+
+
+@pytest.mark.parametrize("name", STRICT)
+def test_newer_models_are_asked_as_they_want(sets, out, capsys, name):
+    with StrictEndpoint(STRICT[name]) as e:
+        flags = (*e.flags, "--parallel", 1, "--max-tokens", 77, "--out", out)
+        run(*sets, *flags)
+        text = capsys.readouterr().out
+        fields = ["max_tokens", "temperature"] if name == "both" else [name]
+        assert len(e.bodies) == 10 + len(fields), "each field is refused once"
+        for _, body in e.bodies[len(fields) :]:
+            assert not set(fields) & set(body)
+            limit = "max_tokens" if name == "temperature" else "max_completion_tokens"
+            assert body[limit] == 77
+            assert ("temperature" in body) == (name == "max_tokens")
+        for field in fields:
+            assert text.count(f"The endpoint refuses {field}: from now on") == 1
+        assert outcomes(out) == [-1, -1, 0, 1, 1]
+        run(*sets, *flags, "--max-tokens", 99)
+    assert len(e.bodies) == 10 + len(fields), "the answers count for that command too"
+
+
+def test_newer_models_are_asked_as_they_want_side_by_side_too(sets, out):
+    with StrictEndpoint(STRICT["both"]) as e:
+        run(*sets, *e.flags, "--out", out)
+    assert outcomes(out) == [-1, -1, 0, 1, 1]
+
+
+def test_a_refused_question_that_names_a_field_changes_nothing_for_the_others(sets, out, capsys):
+    message = "Refused: 'what temperature?' and max_tokens"
+    with StrictEndpoint(judge_or({"p3": refuse(message)})) as e:
+        run(*sets, *e.flags, "--parallel", 1, "--out", out)
+    assert outcomes(out) == [-1, -1, None, 1, 1]
+    assert "The endpoint refuses" not in capsys.readouterr().out
+    for judge_prompt, (_, body) in zip(e.judge_prompts, e.bodies, strict=True):
+        if "p3" not in judge_prompt:
+            assert body["temperature"] == 0 and body["max_tokens"] == 512
+    assert len(e.bodies) == 8 + 2 * 3
+
+
+def part(text: str, kind: str = "text") -> dict:
+    return {"type": kind, kind: text}
+
+
+CONTENTS = [
+    ([part("Verdict: 1")], "stop", Judgement("Verdict: 1")),
+    ([part("Ver"), part("dict: 2")], "stop", Judgement("Verdict: 2")),
+    ([part("Verdict: 1", "thinking"), part("So.")], "stop", Judgement("So.")),
+    ([part([part("Verdict: 1")], "thinking")], "stop", Judgement("", EMPTY)),
+    ([], "stop", Judgement("", EMPTY)),
+    (None, "stop", Judgement("", EMPTY)),
+    (" \n", None, Judgement(" \n", EMPTY)),
+    (None, "length", Judgement("", CUT)),
+    ("Verdict: 1", "length", Judgement("Verdict: 1", CUT)),
+    ("Verdict: 1", "model_length", Judgement("Verdict: 1", CUT)),
+    ("Verdict: 1", "eos", Judgement("Verdict: 1")),
+    ("Verd", "content_filter", Judgement("Verd", "refused: finish_reason content_filter")),
+]
+
+
+@pytest.mark.parametrize("content, finish_reason, judgement", CONTENTS)
+def test_the_parts_of_a_message_and_how_it_ended_are_read(content, finish_reason, judgement):
+    with Endpoint(faults=[(200, {}, completion(content, finish_reason))]) as e:
+        assert ask_once(e) == judgement
+    assert judgement.verdict is None or not judgement.problem
+
+
+@pytest.mark.parametrize("finish_reason", ["length", "content_filter"])
+def test_a_message_that_was_cut_or_filtered_may_lack_its_content(finish_reason):
+    choice = {"message": {"role": "assistant"}, "finish_reason": finish_reason}
+    body = json.dumps({"choices": [choice]}).encode()
+    with Endpoint(faults=[(200, {}, body)]) as e:
+        assert ask_once(e).problem and len(e.bodies) == 1
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_refusal_is_not_tried_again_and_told_in_full(status):
+    with Endpoint(faults=[(status, {}, b"x" * 999)]) as e, pytest.raises(QuestionRefused) as error:
+        ask_once(e)
+    assert str(error.value) == f"HTTP {status}: " + "x" * 999 and len(e.bodies) == 1
+
+
+@pytest.mark.parametrize(
+    "url, posted",
+    [
+        ("http://h/v1", "http://h/v1/chat/completions"),
+        ("http://h/v1/", "http://h/v1/chat/completions"),
+        ("http://h/v1/chat/completions", "http://h/v1/chat/completions"),
+        ("http://h/d/x?api-version=1/2", "http://h/d/x/chat/completions?api-version=1/2"),
+        ("http://h/d/x/?a=1&b=2", "http://h/d/x/chat/completions?a=1&b=2"),
+        ("http://h", "http://h/chat/completions"),
+    ],
+)
+def test_a_query_stands_behind_the_path(url, posted):
+    assert completions_url(url) == posted
+
+
+def test_azure_is_asked_with_its_query_and_its_name_for_the_key(sets, monkeypatch, out):
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-azure")
+    with Endpoint() as e:
+        url = e.url.replace("/v1", "/openai/deployments/x?api-version=2024-10-21")
+        run(*sets, "--judge-url", url, "--judge-model", "x", "--out", out)
+    path = "/openai/deployments/x/chat/completions?api-version=2024-10-21"
+    assert {path for path, _ in e.bodies} == {path}
+    assert {headers["api-key"] for headers in e.headers} == {"sk-azure"}
+    assert {headers["Authorization"] for headers in e.headers} == {None}
+    assert outcomes(out) == [-1, -1, 0, 1, 1]
+
+
+def test_extra_fields_are_sent_and_may_replace_the_temperature(sets):
+    with Endpoint() as e:
+        extra = {"reasoning_effort": "low", "temperature": 1}
+        run(*sets, *e.flags, "--judge-extra", json.dumps(extra))
+    for _, body in e.bodies:
+        assert body.items() >= extra.items() and body["max_tokens"] == 512
+
+
 # ---- the cache -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "bad, problem",
+    [
+        (completion("I am to end with Verdict: 1 or", "length"), CUT),
+        (completion(None, "length"), CUT),
+        (completion("", "stop"), EMPTY),
+    ],
+)
+def test_what_was_cut_or_empty_is_asked_again_and_what_ended_is_not(sets, out, bad, problem):
+    with StrictEndpoint(judge_or({"p2": (200, {}, bad), "p5": (200, {}, bad)})) as e:
+        flags = (*e.flags, "--out", out)
+        run(*sets, *flags)
+        assert outcomes(out) == [-1, None, 0, 1, None]
+        assert json.loads(out.read_text())[1]["problem"] == problem
+        run(*sets, *flags)
+        assert len(e.bodies) == 10 + 4
+        e.reply = judge_or({})
+        run(*sets, *flags, "--max-tokens", 2048)
+        assert len(e.bodies) == 14 + 4 and outcomes(out) == [-1, -1, 0, 1, 1]
+        run(*sets, *flags)
+    assert len(e.bodies) == 18, "with whatever limit they have ended"
+
+
+def test_caches_of_the_first_edition_are_read_where_their_answers_have_a_verdict(sets, out):
+    """Their keys hold the token limit, and nothing says which answers were cut."""
+    with Endpoint() as e:
+        run(*sets, *e.flags, "--out", out)
+        expected = out.read_text()
+        judge_id = [e.url, {"model": "m", "temperature": 0, "max_tokens": 512}]
+        lines = []
+        for number, text in enumerate(sorted(set(e.judge_prompts))):
+            key = compare.cache_key(judge_id, text)
+            answer = ["", "<think>Verdict: 1", "Let me", prefer_longer(text)][min(number, 3)]
+            lines.append("\n" + json.dumps({"key": key, "text": answer}))
+        cache = sets[0].parent / "judge_cache.jsonl"
+        cache.write_text("".join(lines))
+        run(*sets, *e.flags, "--out", out)
+        assert len(e.bodies) == 10 + 3 and out.read_text() == expected
+        cache.write_text("".join(lines))
+        run(*sets, *e.flags, "--max-tokens", 9)
+    assert len(e.bodies) == 13 + 10
 
 
 def test_a_rerun_asks_nothing_and_other_judges_and_texts_do(sets, tmp_path, capsys):
@@ -659,8 +952,9 @@ def test_a_rerun_asks_nothing_and_other_judges_and_texts_do(sets, tmp_path, caps
             ([], 10),
             (["--max-tokens", "512"], 10),
             (["--timeout", "5", "--parallel", "1"], 10),
-            (["--max-tokens", "9"], 20),
-            (["--judge-model", "other"], 30),
+            (["--max-tokens", "9"], 10),
+            (["--judge-model", "other"], 20),
+            (["--judge-extra", '{"seed": 1}'], 30),
             (["--cache", tmp_path / "new.jsonl"], 40),
         ):
             run(*sets, *e.flags, *flags)
@@ -804,9 +1098,9 @@ def test_a_checkpoint_is_asked_greedily_in_its_chat_format(
 ):
     """What leaves no room in its context has no verdict; other weights are another judge."""
     pairs = [(f"p{i}", "x" * i) for i in range(6)]
-    write_answers(sets[0], [*pairs, ("long", "z" * 3000)])
+    write_answers(sets[0], [*pairs, ("long", "z" * 3000), ("cut", "z")])
     pairs = [(f"p{i}", "y" * (6 - i)) for i in range(1, 7)]
-    write_answers(sets[1], [*pairs, ("long", "z")], "instruction", "output")
+    write_answers(sets[1], [*pairs, ("long", "z"), ("cut", "zz")], "instruction", "output")
     calls = []
 
     def scripted(model, prompts, keys, *, stop, max_new, temperature):
@@ -814,50 +1108,53 @@ def test_a_checkpoint_is_asked_greedily_in_its_chat_format(
         assert len(keys) == len(prompts)
         calls.extend(prompts)
         samples = []
-        for i, ids in enumerate(prompts):
+        for ids in prompts:
             text = tok.decode(ids[1:]).replace("[INST] ", "").replace(" [/INST]", "")
-            samples.append([tok.encode(prefer_longer(text)) + [tok.eos] * (i % 2)])
+            ids = tok.encode(prefer_longer(text))
+            cut = "\ncut" in text
+            samples.append([ids if cut else [*ids, tok.eos]])
         return samples
 
     monkeypatch.setattr(compare, "generate", scripted)
     flags = ("--judge-checkpoint", checkpoint, "--max-tokens", 64, "--out", out)
     run(*sets, *flags)
     text = capsys.readouterr().out
-    assert outcomes(out) == [-1, -1, 0, 1, 1, None]
-    assert json.loads(out.read_text())[-1]["a_first"] == ""
-    assert "2 of 12 judgements do not fit the judge's context of 1536 tokens, 64" in text
-    assert "6 prompts were compared. 1 of them" in text
+    assert outcomes(out) == [-1, -1, 0, 1, 1, None, None]
+    long, cut = json.loads(out.read_text())[-2:]
+    assert long["a_first"] == "" and long["problem"] == NO_ROOM
+    assert cut["a_first"].endswith("Verdict: 2") and cut["problem"] == CUT
+    assert cut["verdicts"] == [None, None]
+    assert "2 of 14 judgements do not fit the judge's context of 1536 tokens, 64" in text
+    assert "7 prompts were compared. 2 of them" in text
+    assert f"1 {NO_ROOM}, 1 {CUT}." in text
     judge_prompts = [compare_prompt(x, y, "p1") for x, y in (("x", "yyyyy"), ("yyyyy", "x"))]
-    assert len(calls) == 10 and all(tok.chat(text) in calls for text in judge_prompts)
+    assert len(calls) == 12 and all(tok.chat(text) in calls for text in judge_prompts)
     run(*sets, *flags)
-    assert len(calls) == 10 and "2 of 12 judgements to ask for" in capsys.readouterr().out
+    assert "4 of 14 judgements to ask for" in capsys.readouterr().out
+    assert len(calls) == 14, "those that were cut are asked again"
     os.utime(checkpoint / "model.safetensors", (1, 1))
     run(*sets, *flags)
-    assert len(calls) == 20, "other weights, another judge"
-    monkeypatch.setattr(compare, "generate", None)
-    with pytest.raises(TypeError):
-        run(*sets, "--judge-checkpoint", checkpoint, "--max-tokens", 65)
+    assert len(calls) == 26, "other weights, another judge"
+    for path in sets:
+        rows = [row for row in read_answers(path).items() if row[0][0] not in ("long", "cut")]
+        write_answers(path, [(key[0], response) for key, response in rows])
+    monkeypatch.setattr(compare, "load_for_sampling", None)
+    run(*sets, "--judge-checkpoint", checkpoint, "--max-tokens", 65)
 
 
-def test_a_real_checkpoint_answers_as_when_asked_alone_and_is_not_even_loaded_again(
-    sets, checkpoint, monkeypatch, out
-):
+def test_a_real_checkpoint_answers_as_when_asked_alone(sets, checkpoint, out):
     flags = ("--judge-checkpoint", checkpoint, "--max-tokens", 12, "--out", out)
-    no_verdict = pytest.raises(UserError, match="none of 5 prompts has a verdict")
-    with no_verdict:  # it talks rubbish
+    # it talks rubbish, to no end
+    with pytest.raises(UserError, match="none of 5 prompts has a verdict.*5 cut by --max-tokens"):
         run(*sets, *flags)
     model, tok = load(checkpoint)
     settings = {"stop": [tok.eos], "max_new": 12, "temperature": 0}
-    rows = json.loads(out.read_text())
-    for row in rows:
+    for row in json.loads(out.read_text()):
         for order, x, y in (("a_first", row["a"], row["b"]), ("b_first", row["b"], row["a"])):
             ids = tok.chat(compare_prompt(x, y, row["prompt"]))
             ((alone,),) = generate(model.eval(), [ids], [()], **settings)
             assert row[order] == tok.decode([i for i in alone if i != tok.eos]) != ""
-    monkeypatch.setattr(compare, "load_for_sampling", None)
-    with no_verdict:
-        run(*sets, *flags)
-    assert json.loads(out.read_text()) == rows
+            assert alone[-1] != tok.eos and row["problem"] == CUT
 
 
 # ---- an oracle as the judge ------------------------------------------------------------------
@@ -902,7 +1199,8 @@ def test_the_oracle_gives_the_reports_head_to_head(tmp_path, capsys, out):
     pairs = [("Who won?", "x"), (ift[0]["prompt"], "x")]
     foreign = [write_answers(tmp_path / f"{name}.jsonl", pairs) for name in "ab"]
     run(*foreign, "--oracle", oracle)
-    assert "2 prompts were compared. 1 of them" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "2 prompts were compared. 1 of them" in text and "1 not of the oracle's world." in text
 
 
 # ---- flags -----------------------------------------------------------------------------------
@@ -922,6 +1220,13 @@ JUDGE_FLAGS = [
     (["--judge-url", "http://h", "--judge-model", "m", "--timeout", "nan"], "--timeout"),
     (["--judge-url", "http://h", "--judge-model", "m", "--parallel", "0"], "--parallel"),
     (["--judge-checkpoint", "x", "--max-tokens", "0"], "--max-tokens"),
+    (["--oracle", "o.py", "--judge-extra", '{"seed": 1}'], "--judge-extra goes with --judge-url"),
+    (["--judge-extra", "{seed: 1}"], "--judge-extra is not valid JSON"),
+    (["--judge-extra", '{"seed": NaN}'], "--judge-extra is not valid JSON"),
+    (["--judge-extra", '["seed"]'], "--judge-extra is like"),
+    (["--judge-extra", "low"], "--judge-extra is not valid JSON"),
+    (["--judge-extra", '{"max_tokens": 9}'], "--judge-extra may not hold max_tokens"),
+    (["--judge-extra", '{"messages": []}'], "--judge-extra may not hold messages"),
     (["--oracle", "no/o.py"], "no/o.py"),
     (["--oracle", "b.json"], "b.json: no such Python file"),
     (["--oracle", "empty.py"], "empty.py"),

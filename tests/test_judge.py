@@ -196,7 +196,8 @@ def test_another_scale_is_one_constant(monkeypatch, text, verdict):
 
 # ---- the judge's prompt ----------------------------------------------------------------------
 
-BEFORE_PROMPT, BETWEEN = "Review it.\n<question>", "</question>\n<response>"
+BEFORE_PROMPT = "Review it.\n<question>"
+BETWEEN = "</question>\n<response>"
 AFTER_RESPONSE = "</response>\nEnd with Score: <n>"
 TEMPLATE = BEFORE_PROMPT + "{prompt}" + BETWEEN + "{response}" + AFTER_RESPONSE
 NASTY = [
@@ -245,7 +246,9 @@ class Judge:
     cut by the length limit, and remembers what it was asked."""
 
     def __init__(self, tok, texts):
-        self.tok, self.texts, self.calls = tok, iter(texts), []
+        self.tok = tok
+        self.texts = iter(texts)
+        self.calls = []
 
     def __call__(self, model, prompts, keys, *, n, **settings):
         self.calls.append({"prompts": prompts, "keys": keys, "n": n, **settings})
@@ -310,9 +313,11 @@ def test_the_judge_is_asked_in_the_chat_format_with_random_numbers_of_each_respo
 
 def test_empty_and_oversized_responses_get_no_judgement(net, tok, monkeypatch):
     monkeypatch.setattr(judge, "generate", Judge(tok, itertools.repeat("Score: 1")))
-    fits, too_long = "", ""
+    fits = ""
+    too_long = ""
     while len(tok.chat(judge_prompt(TEMPLATE, "Why?", too_long))) + 9 <= net.cfg.max_len:
-        fits, too_long = too_long, too_long + "x"
+        fits = too_long
+        too_long = too_long + "x"
     assert len(fits) > 50
     rows = rows_of("", "fine", too_long, fits)
     judgements = score(net, tok, TEMPLATE, rows, key=(0,), votes=2, max_new=9)
@@ -364,7 +369,8 @@ def test_the_parse_rate_and_the_histogram_count_readable_votes():
     assert score_histogram(votes(k0=[None])) == {}
 
 
-CUT, EMPTY = "cut by the length limit", "empty"
+CUT = "cut by the length limit"
+EMPTY = "empty"
 
 
 def unread(text="", truncated=False, points=None):
@@ -553,10 +559,14 @@ def tries_of(prompt_id, *tries):
     return judgements
 
 
-AGAINST, TIED = "against the people's order", "parts no replies that people part"
-ALONE, UNREAD = "alone in its try", "no readable verdict"
-GOES_ON, LATER = "goes on after its verdict", "an earlier try agrees"
-ALL_TWO, ALL_THREE = [(0, 0), (1, 0)], [(0, 0), (1, 0), (2, 0)]
+AGAINST = "against the people's order"
+TIED = "parts no replies that people part"
+ALONE = "alone in its try"
+UNREAD = "no readable verdict"
+GOES_ON = "goes on after its verdict"
+LATER = "an earlier try agrees"
+ALL_TWO = [(0, 0), (1, 0)]
+ALL_THREE = [(0, 0), (1, 0), (2, 0)]
 # human ranks (0 is best), scores of the tries -> (k, vote) of what is kept, reasons of the rest
 TRIES = {
     "the people's order": ([0, 1, 2], [[5, 3, 1]], ALL_THREE, {}),
@@ -720,7 +730,8 @@ def test_what_is_drawn_hangs_on_the_key_alone_and_favours_nothing():
     for balanced, tally in draws:
         assert len(balanced) == 30
         assert tally == {"most common score": 160, "over --eft-size": 60}
-    counts, num_early = Counter(), 0
+    counts = Counter()
+    num_early = 0
     for seed in range(300):
         balanced, _ = rebalance(judgements, 1000, (seed,))
         counts.update(j["id"] for j in balanced if j["score"] == 4)
@@ -745,7 +756,8 @@ def test_rows_and_report_of_eft_add_up_and_every_target_parses_back_to_its_score
         "score: {} out of 5\n",
         "Score: {}...",
     ]
-    ranked, judgements = [], []
+    ranked = []
+    judgements = []
     for i in range(300):
         ranks = [rng.randrange(4) for _ in range(rng.randrange(1, 5))]
         ranked.append(ranking(*ranks, prompt=f"p{i}"))
@@ -765,7 +777,8 @@ def test_rows_and_report_of_eft_add_up_and_every_target_parses_back_to_its_score
     assert report["kept"] + sum(dropped.values()) == len(judgements)
     by_balance = {"most common score", "over --eft-size"}
     assert set(dropped) == by_balance | {AGAINST, TIED, ALONE, UNREAD, GOES_ON, LATER, CUT}
-    before, after = Counter(report["scores_before"]), Counter(report["scores_after"])
+    before = Counter(report["scores_before"])
+    after = Counter(report["scores_after"])
     assert before.total() == len(agreeing) and after.total() == 150
     assert before.total() - after.total() == sum(dropped[reason] for reason in by_balance)
 
@@ -799,7 +812,8 @@ def test_judgements_of_nothing_give_no_row_and_a_report():
 
 # ---- in the terminal -------------------------------------------------------------------------
 
-PROMPT, RESPONSE = "Where does the owl live?", "The owl lives in woods. "
+PROMPT = "Where does the owl live?"
+RESPONSE = "The owl lives in woods. "
 
 
 @pytest.fixture

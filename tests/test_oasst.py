@@ -373,6 +373,17 @@ def test_repeated_ranks_stay_ties_and_the_first_of_them_makes_the_pair(run):
     assert run.rows("ift")[0]["response"] == "Answer 1 to a."
 
 
+@undivided
+def test_ranks_may_be_floats_as_a_data_frame_writes_them(run):
+    rows = SHAPES["hf rows"](WORLD)
+    expected = run(rows, out="whole").rows("eft_ranked")
+    for row in rows:
+        row["rank"] = None if row["rank"] is None else float(row["rank"])
+    assert run(rows, out="floats").rows("eft_ranked") == expected
+    assert "0.0" not in (run.folder / "eft_ranked.jsonl").read_text()
+
+
+@undivided
 def test_other_languages_and_their_regions_can_be_asked_for(run):
     roots = []
     for ident, lang in (("a", "pt-BR"), ("b", "en"), ("c", "pto")):
@@ -586,6 +597,34 @@ def test_prompts_of_any_file_of_prompts_are_left_out_of_training(run, shape, wra
     assert "prompts: 4 different prompts to leave out" in run.out
 
 
+ALPACA = [
+    {"instruction": "Translate into French.", "input": "The fox hunts at NIGHT.", "output": "x"},
+    {"instruction": "Sort these.", "input": "3, 1\n2", "output": "y"},
+    {"instruction": "Question a1?", "input": "", "output": "z"},
+    {"instruction": "Question a2?", "input": " \n", "output": "z"},
+    {"instruction": "Question a3?", "input": None, "output": "z"},
+    {"instruction": "", "prompt": "Question a4?", "input": "not its own"},
+]
+
+
+@pytest.mark.parametrize("between", ["\n", "\n\n", " "])
+@pytest.mark.parametrize("lines", [True, False])
+def test_an_instruction_and_its_input_are_one_prompt_to_leave_out(run, between, lines):
+    path = run.dir / "alpaca.json"
+    path.write_text("\n".join(map(json.dumps, ALPACA)) if lines else json.dumps(ALPACA))
+    joined = [
+        ranked("f", 0, 1, text=f"Translate into French.{between}The fox hunts at night."),
+        ranked("s", 0, 1, text=f"Sort these.{between}3, 1\n2"),
+    ]
+    bare = [ranked("t", 0, 1, text="Translate into French."), ranked("u", 0, text="3, 1\n2")]
+    run([*many("a", 9), *joined, *bare], "--exclude", path)
+    assert "6 different prompts to leave out" in run.out
+    assert run.count("trees dropped: in the --exclude files") == 6
+    texts = set.union(*sides(run))
+    assert {"Translate into French.", "3, 1\n2"} <= texts
+    assert not {root["text"] for root in joined} & texts
+
+
 def test_several_files_can_be_excluded_and_a_useless_one_is_visible(run):
     for i in range(3):
         (run.dir / f"x{i}").write_text(f"Question a{i}?")
@@ -618,6 +657,11 @@ BAD_EXCLUDES = {
     "null": (b'{"instruction": null}', ":1: no text in instruction or prompt"),
     "a number": (b'{"prompt": 7}', ":1: no text in instruction or prompt"),
     "a blank": (b'["a", " "]', ": item 2: no text in instruction or prompt"),
+    "an input of numbers": (
+        b'[{"instruction": "a", "input": [1]}]',
+        ": item 1: no text in instruction or prompt, or an input that is no text",
+    ),
+    "a parquet file": (b"PAR1\x15\x04\xff\xfe\n", ": a Parquet file; write its rows as JSON"),
     "numbers": (b"[1]", ": item 1: no text in instruction or prompt"),
     "gzip cut short": (gzip.compress(b'["a"]')[:-9], ":1: gzip data cut short"),
 }
@@ -641,7 +685,11 @@ BAD_FILES = {
     "malformed JSON": (GOOD + b'{"message_id": "x", \n' + GOOD, ":2: malformed JSON"),
     "cut short": (GOOD + GOOD[:100], ":2: malformed JSON"),
     "nested without end": (b'{"message_id": ' + b"[" * 200_000, ":1: malformed JSON"),
-    "a parquet file": (b"PAR1\x15\x04\xff\xfe\n", ":1: byte 7 of the line is not UTF-8"),
+    "a parquet file": (b"PAR1\x15\x04\xff\xfe\n", ": a Parquet file; write its rows as JSON"),
+    "a parquet file in UTF-8": (b"PAR1\n\x00PAR1", ": a Parquet file; write its rows as JSON"),
+    "a list of messages": (b"[" + GOOD + b"]", ":1: begins a JSON list; write one object a line"),
+    "a list over lines": (b"\n [\n" + GOOD + b"]\n", ":2: begins a JSON list; write one obj"),
+    "a marked list": (b"\xef\xbb\xbf[\n" + GOOD + b"]\n", ":1: begins a JSON list; write one"),
     "latin-1": (GOOD + '{"message_id": "é"}'.encode("latin-1"), ":2: byte 17 of the line is no"),
     "a list": (GOOD + b"[1]\n", ":2: not a JSON object"),
     "a thread": (b'{"thread_id": "t", "thread": []}\n', ":1: an object of unknown kind"),
@@ -656,7 +704,9 @@ BAD_FILES = {
     "bad parent": (b'{"message_id": "x", "parent_id": 7}\n', ":1: parent_id is not a string"),
     "rank a list": (b'{"message_id": "x", "rank": []}\n', ":1: rank is not a whole number"),
     "bad rank": (b'{"message_id": "x", "rank": "best"}\n', ":1: rank is not a whole number"),
-    "rank NaN": (b'{"message_id": "x", "rank": NaN}\n', ":1: rank is not a whole number"),
+    "rank 0.5": (b'{"message_id": "x", "rank": 0.5}\n', ":1: rank is not a whole number"),
+    "rank NaN": (b'{"message_id": "x", "rank": NaN}\n', ":1: malformed JSON (NaN is no JSON: a "),
+    "all NaN": (GOOD + b'{"message_id": "x", "lang": -Infinity}\n', ":2: malformed JSON (-Infin"),
     "bad replies": (b'{"message_id": "x", "replies": {"a": 1}}\n', ":1: replies is not a list"),
     "bad reply": (b'{"message_id": "x", "replies": ["a"]}\n', ":1: a message is not a JSON obj"),
     "bad prompt": (b'{"message_tree_id": "x", "prompt": "Hi"}\n', ":1: a message is not a JSON"),

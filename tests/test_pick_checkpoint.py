@@ -153,6 +153,28 @@ def test_an_oracle_of_the_data_folder_can_be_the_judge(run, capsys):
     assert oracle_of(run) in text and "step 9 vs 8" in text
 
 
+def test_prompts_without_a_verdict_are_named_for_the_pair_of_models(run, monkeypatch, capsys):
+    def judge_pairs(a, b):
+        rows = []
+        for number, key in enumerate(a):
+            row = {"prompt": key[0], "a": a[key], "b": b[key], "outcome": 1, "problem": None}
+            if number == 2 and len(a[key]) + len(b[key]) == lengths[1]:
+                row |= {"outcome": None, "problem": "refused: HTTP 400: too long"}
+            rows.append(row)
+        return rows
+
+    monkeypatch.setattr(pick_checkpoint, "open_judge", lambda args, cache: judge_pairs)
+    lengths = [None, None]
+    pick(run)
+    assert "no verdict" not in capsys.readouterr().out
+    rows = [read_jsonl(run / f"M2/step-{step}/valid.jsonl")[2] for step in STEPS[:2]]
+    lengths[1] = sum(len(row["response"]) for row in rows)
+    pick(run)
+    text = capsys.readouterr().out
+    assert "step 4 vs 2: 4 prompts were compared. 1 of them has no verdict that can be" in text
+    assert "1 refused (HTTP 400: too long)" in text
+
+
 # ---- answers ---------------------------------------------------------------------------------
 
 

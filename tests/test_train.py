@@ -451,7 +451,7 @@ def test_stopped_while_sampling_a_run_keeps_its_chunks_for_a_world_of_another_si
 def check_stopped(result):
     """It ended in one line that says that nothing finished is lost."""
     assert result.code == 130 and len(result.err.splitlines()) == 1, result.err
-    assert "interrupted" in result.err and "on disk" in result.err
+    assert "interrupted" in result.err and "are whole" in result.err
 
 
 def test_sigterm_ends_training_in_one_line_and_it_resumes(world, whole, tmp_path):
@@ -1291,7 +1291,8 @@ def test_a_run_goes_on_with_the_data_that_it_began_with_or_not_at_all(world, tmp
     flags = ("--iters", 1, "--sft-epochs", 1)
     out = run(world, tmp_path / "run", *flags, data=data)
     names = {path.name for path in data.iterdir()} - {"recipe.json"}
-    assert set(json.loads((out / "config.json").read_text())["files"]) == names
+    saved = json.loads((out / "config.json").read_text())["files"]
+    assert saved.keys() == names | {"init", "writer"}
     before = products(out)
     words = "is not what it was when the run|not found"
     for name in names:
@@ -1307,7 +1308,7 @@ def test_a_run_goes_on_with_the_data_that_it_began_with_or_not_at_all(world, tmp
     write_rows(data / "valid.jsonl", [{"prompt": "Is it red?"}])
     run(world, out, *flags, data=data)  # a file more changes nothing that is there
     files = json.loads((out / "config.json").read_text())["files"]
-    assert set(files) == names | {"valid.jsonl"}
+    assert set(files) == names | {"valid.jsonl", "init", "writer"}
 
 
 def test_one_model_at_a_time_is_in_memory(world, whole, tmp_path, monkeypatch):
@@ -1579,7 +1580,7 @@ def bad_models(world):
     (folder / "half" / "config.json").unlink()
     os.truncate(folder / "torn" / "model.safetensors", 1000)
     config = json.loads((world.base / "config.json").read_text())
-    config["vocab_size"] += 1
+    config["vocab_size"] -= 1
     (folder / "misfit" / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -1590,7 +1591,7 @@ BAD_FLAGS = {
     "no writer": ("--writer {bad}/none", ["{bad}/none", "no such folder"]),
     "half a model": ("--init {bad}/half", ["{bad}/half/config.json", "not found"]),
     "torn weights": ("--init {bad}/torn", ["{bad}/torn/model.safetensors", "download it again"]),
-    "another tokenizer": ("--init {bad}/misfit", ["{bad}/misfit/tokenizer.model", "420", "421"]),
+    "another tokenizer": ("--init {bad}/misfit", ["{bad}/misfit/tokenizer.model", "420", "419"]),
     "no models": ("--iters 0", ["--iters"]),
     "a learning rate of nothing": ("--dpo-lr 0", ["--dpo-lr", "positive"]),
     "a learning rate that is no number": ("--sft-lr nan", ["--sft-lr", "positive"]),
@@ -1648,7 +1649,7 @@ def test_a_gradient_that_is_not_finite_in_the_last_step_is_not_saved(world, tmp_
 
     def overflowing_loss(model, *tensors):
         loss, metrics = sft_loss(model, *tensors)
-        steps.append(1)
+        steps.extend([1] * torch.is_grad_enabled())
         if len(steps) == 5:
             loss = loss + (model.norm.weight * 0).sqrt().sum()
         return loss, metrics
@@ -1786,3 +1787,47 @@ def test_real_llama_weights_and_open_assistant_rows(tmp_path):
     assert load(out / "M1")[0].cfg.layers == 5
     assert len(read_jsonl(out / "M2" / "prompts.jsonl")) == 4
     assert len(read_jsonl(out / "M2" / "candidates.jsonl")) == 8
+
+
+# ---- one run folder, one process, one content ------------------------------------------------
+
+
+def test_a_second_start_in_a_run_folder_is_told_and_a_dead_ones_lock_is_free(tmp_path):
+    train.lock_run(tmp_path)
+    descriptor = train.RUN_LOCK.pop()  # held by somebody else, as far as lock_run knows
+    with pytest.raises(UserError, match="another train.py is at work"):
+        train.lock_run(tmp_path)
+    os.close(descriptor)  # what the system does for a process that has died
+    train.lock_run(tmp_path)
+    train.lock_run(tmp_path)  # our own lock is no obstacle
+
+
+def test_a_run_goes_by_what_its_paths_lead_to_and_not_by_their_spelling(world, whole, tmp_path):
+    shutil.copytree(world.base, tmp_path / "base")
+    shutil.copytree(world.data, tmp_path / "data")
+    out = tmp_path / "run"
+    copy_products(whole, out, "*/*")
+    argv = ["--init", tmp_path / "base", "--data", tmp_path / "data", "--out", out]
+    train.main(train.parse_args([str(flag) for flag in argv]))
+    assert json.loads((out / "config.json").read_text())["data"] == str(tmp_path / "data")
+    dist.destroy_process_group()
+    weights = tmp_path / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x11")
+    with pytest.raises(UserError, match="init is not what it was"):
+        train.main(train.parse_args([str(flag) for flag in argv]))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("rate, warned", [(0.95, True), (0.05, False), (0.0, False)])
+def test_dropout_that_wrecks_a_model_is_warned_of(world, tmp_path, capsys, rate, warned):
+    run(world, tmp_path / "run", "--iters", 1, "--sft-epochs", 1, "--dropout", rate)
+    assert ("it was trained without" in capsys.readouterr().out) == warned
+
+
+def test_a_gradient_out_of_proportion_is_warned_of(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "append_jsonl", lambda path, row: None)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    folder = SimpleNamespace(folder=tmp_path)
+    for norm in (1.0, 1428.0):
+        train.log_step(folder, "SFT", 1, 9, {"tokens": 8, "seconds": 1.0, "grad_norm": norm})
+    assert capsys.readouterr().out.count("1428 is out of proportion") == 1

@@ -36,6 +36,7 @@ TEMPLATES = ("judge.txt", "propose.txt")
 ALLOWANCE = 2  # EFT prompts for each that --eft-size needs: half of the judgements may be dropped
 GZIP_MAGIC = b"\x1f\x8b"
 UTF8_BOM = b"\xef\xbb\xbf"
+PARQUET_MAGIC = b"PAR1"
 
 # What the rules below read of a message.
 FIELDS = ("role", "text", "lang", "rank", "deleted", "review_result", "synthetic")
@@ -55,6 +56,13 @@ class Prompt:
 # ---- files -> flat messages
 
 
+def refuse_constant(name: str):
+    raise ValueError(f"{name} is no JSON: a data frame writes it in place of null")
+
+
+EXPORT_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+
+
 def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
     """(number, bytes) of each line. Gzip is known by its first bytes; only "\\n" ends a line."""
     number = 0
@@ -63,16 +71,22 @@ def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
         try:
             with gzip.open(file) if is_gzip else file as lines:
                 for number, line in enumerate(lines, 1):
+                    if number == 1 and line.startswith(PARQUET_MAGIC):
+                        remedy = "write its rows as JSON lines, such as by to_json of datasets"
+                        raise UserError(f"{path}: a Parquet file; {remedy}")
                     yield number, line
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             what = f"gzip data cut short or damaged ({error})"
             raise UserError(f"{path}:{number + 1}: {what}; fetch the file again") from None
 
 
-def read_rows(path: str, parse=json.loads) -> Iterator[tuple[str, object]]:
+def read_rows(path: str, parse=EXPORT_DECODER.decode) -> Iterator[tuple[str, object]]:
     """("FILE:LINE", object) of each JSON line. Blank lines are skipped; no row is an error."""
     where = None
     for number, line in read_lines(path):
+        if where is None and line.removeprefix(UTF8_BOM).lstrip().startswith(b"["):
+            remedy = "write one object a line, such as by jq -c '.[]'"
+            raise UserError(f"{path}:{number}: begins a JSON list; {remedy}")
         if line.strip():
             where = f"{path}:{number}"
             encoding = "utf-8-sig" if number == 1 else "utf-8"
@@ -301,6 +315,18 @@ def read_json_list(path: str, data: bytes) -> list[tuple[str, object]]:
     return [(f"{path}: item {number}", item) for number, item in enumerate(items, 1)]
 
 
+def prompt_of(row: dict) -> object:
+    """A row's prompt. Alpaca's instruction is joined with the input that it is about, by a line's
+    end: key_of makes all blanks one."""
+    instruction, text = row.get("instruction"), row.get("input")
+    if not instruction:
+        return row.get("prompt")
+    if text is None:
+        return instruction
+    both_texts = isinstance(instruction, str) and isinstance(text, str)
+    return f"{instruction}\n{text}" if both_texts else None
+
+
 def read_keys(path: str) -> set[str]:
     """Keys of the prompts in a file: a JSON list, or lines of JSON or of plain text."""
     data = b"".join(line for _, line in read_lines(path))
@@ -311,11 +337,9 @@ def read_keys(path: str) -> set[str]:
         rows = read_rows(path, parse_json_or_text)
     keys = set()
     for where, row in rows:
-        text = row
-        if isinstance(row, dict):
-            text = row.get("instruction") or row.get("prompt")
+        text = prompt_of(row) if isinstance(row, dict) else row
         if not isinstance(text, str) or not text.strip():
-            what = "no text in instruction or prompt"
+            what = "no text in instruction or prompt, or an input that is no text"
             raise UserError(f"{where}: {what}; give a list of prompts, or one a line")
         keys.add(key_of(text))
     if not keys:
