@@ -272,7 +272,7 @@ class Tokenizer:
 
 def read_text(path: Path, remedy: str) -> str:
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8-sig")  # with or without a byte order mark
     except FileNotFoundError:
         raise UserError(f"{path}: not found; {remedy}") from None
     except UnicodeDecodeError as e:
@@ -567,11 +567,11 @@ def split_into_shards(model: Llama) -> list[dict[str, nn.Parameter]]:
     """Parameters by their names in the files, in groups of at most SHARD_BYTES."""
     shards, size = [{}], 0
     for name, p in model.named_parameters():
-        if shards[-1] and size + p.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][hf_name(name)] = p
         size += p.nbytes
+        if shards[-1] and size > SHARD_BYTES:
+            shards.append({})
+            size = p.nbytes
+        shards[-1][hf_name(name)] = p
     return shards
 
 
@@ -625,8 +625,7 @@ CHAT_TEMPLATE = """{%- set ns = namespace(system='', user=true) -%}
 {%- else -%}
 {%- set text = (ns.system + text) | trim -%}
 {{- '<s>[INST] ' + text + ' [/INST]' if ns.user else (' ' + text if text else '') + '</s>' -}}
-{%- set ns.system = '' -%}
-{%- set ns.user = not ns.user -%}
+{%- set ns.system = '' -%}{%- set ns.user = not ns.user -%}
 {%- endif -%}
 {%- endfor -%}"""
 TOKENIZER_CONFIG = {
@@ -680,12 +679,12 @@ def can_export(tok: Tokenizer) -> bool:
     words = [i for piece, i in tok.text_ids.items() if len(piece) > 1 and piece.strip("▁")]
     if len({tok.sp.get_score(i) for i in words}) < len(words):
         return False
-    pieces = "".join(tok.text_ids)
-    try:  # at alpha 1 BPE makes no merge at all; what is still long was not merged
-        unmerged = tok.sp.encode(pieces, out_type=str, enable_sampling=True, alpha=1.0)
+    text = "".join(tok.text_ids)
+    try:  # at alpha 1 BPE makes no merge: a piece that is longer is no work of merges
+        pieces = tok.sp.encode(text, out_type=str, enable_sampling=True, alpha=1.0)
     except RuntimeError:  # vocabularies of words or characters cannot be sampled from
         return False
-    return max(map(len, unmerged)) == 1
+    return max(map(len, pieces)) == 1
 
 
 def tokenizer_json(tok: Tokenizer) -> dict:

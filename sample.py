@@ -24,6 +24,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -283,8 +284,9 @@ def free_in_container() -> float:
         for folder in (group, *group.parents):  # a parent's limit counts for all below
             if (folder / limit).exists() and (folder / limit).read_text().strip().isdigit():
                 left = int((folder / limit).read_text()) - int((folder / usage).read_text())
-                stat = (folder / "memory.stat").read_text()
-                left += int(re.search(r"inactive_file (\d+)", stat)[1])  # copies of files can go
+                stat = folder / "memory.stat"
+                if stat.exists():  # copies of files can go
+                    left += int(re.search(r"inactive_file (\d+)", stat.read_text())[1])
                 free = min(free, left)
     return free
 
@@ -838,13 +840,12 @@ def run_command(main: Callable):
         print("interrupted; files that were finished are whole", file=sys.stderr)
         sys.exit(130)
     except OSError as e:
-        if not e.filename:  # stdout: full, or its reader has seen enough, as in `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(
-            1
-            if isinstance(e, BrokenPipeError)
-            else f"error: {e.filename or 'output'}: {e.strerror}"
-        )
+        if not e.filename:  # stdout is full, or its reader has seen enough, as in `| head`
+            with suppress(OSError):  # where stdout is no file
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(e, BrokenPipeError):
+            sys.exit(1)
+        sys.exit(f"error: {e.filename or 'output'}: {e.strerror}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """scripts/answer.py: files of prompts in, files of answers out, the turns of a chat between."""
 
+import copy
 import json
 import re
 import subprocess
@@ -42,6 +43,14 @@ SAMPLING = {"max_new": 12, "top_p": 0.95, "batch": 2}
 
 def run(*argv):
     answer.main([str(arg) for arg in argv])
+
+
+@pytest.fixture
+def net(net, tok):
+    """As it is read from a folder: ids that are no text are never drawn."""
+    loaded = copy.copy(net)
+    loaded.banned_ids = [tok.sp.unk_id(), tok.bos]
+    return loaded
 
 
 @pytest.fixture

@@ -186,6 +186,7 @@ def test_answers_are_samples_as_the_run_makes_them_with_the_same_randomness_at_e
     rows = [{"id": i, "prompt": prompt} for i, prompt in enumerate(PROMPTS)]
     for step in STEPS:
         net = random_net(cfg, seed=step).eval()
+        net.banned_ids = [tok.sp.unk_id(), tok.bos]
         expected = respond(net, tok, rows, key=(3, "valid"), n=1, **settings)
         assert read_jsonl(run / f"M2/step-{step}/valid.jsonl") == expected
 

@@ -814,6 +814,9 @@ def test_the_limit_of_a_container_counts(system, group, limit, usage):
     for text, free in (("max", 4000), (1 << 62, 4000), (3000 * 1024, 2000), (900 * 1024, -100)):
         system("/sys/fs/cgroup" + limit, f"{text}\n")
         assert sample.free_memory(CPU) == free * 1024
+    stat = "/sys/fs/cgroup" + limit.rpartition("/")[0] + "/memory.stat"
+    system(stat, f"cache 9\ninactive_file {500 * 1024}\n")
+    assert sample.free_memory(CPU) == 400 * 1024, "copies of files can go"
 
 
 # ---- one token -------------------------------------------------------------------------------

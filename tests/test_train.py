@@ -1023,7 +1023,7 @@ def test_pairs_that_another_model_has_made_are_refused(world, whole, tmp_path):
         pair["reference_chosen"] += 0.5
     write_rows(out / "M2" / "pairs.jsonl", pairs)
     before = products(out)
-    words = ("M2/pairs.jsonl", "reference log-probs differ by", "remove all rows")
+    words = ("M2/pairs.jsonl", "reference log-probs differ by", "remove all files")
     check_ends(flags_of(world, out), *words)
     assert_same(products(out), before)
 
