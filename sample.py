@@ -336,7 +336,7 @@ class Scheduler:
         self.slots = [Sequence(-1, ended=True) for _ in range(groups * n)]
         self.logits = logits.new_zeros(groups * n, logits.shape[-1])  # of the next tokens
         self.banned = logits.new_zeros(logits.shape[-1])  # ids that are no text are never drawn
-        self.banned[getattr(model, "banned_ids", [])] = float("-inf")
+        self.banned[model.banned_ids] = float("-inf")
         self.u = logits.new_zeros(groups * n, max_new)  # random numbers of all tokens
 
     def live_slots(self) -> list[int]:

@@ -119,6 +119,7 @@ MUTABLE_FIELDS += ["activation_checkpointing", "init", "writer", "data"]
 DATA_FILES = "ift.jsonl eft.jsonl eft_ranked.jsonl eft_eval.jsonl test.jsonl valid.jsonl".split()
 DATA_FILES += ["judge.txt", "propose.txt"]
 WRITER_TEMPERATURE = 0.6  # of the prompt writer (paper section 2.2)
+DEFAULT_MICRO_TOKENS = {"cuda": 16384, "cpu": 2048}
 BATCHES_PER_CHUNK = 8  # batches of sequences a process samples between two appends to disk
 
 
@@ -536,7 +537,7 @@ def average_gradients(model):
 
 def my_micro_batches(run: Run, batch: list[int], examples: list[tuple]):
     """This process's share of a batch: (row numbers, weight) of every forward pass."""
-    most_tokens = run.cfg.micro_tokens or (16384 if run.device == "cuda" else 2048)
+    most_tokens = run.cfg.micro_tokens or DEFAULT_MICRO_TOKENS[run.device]
     sizes = {i: dpo.num_tokens(examples[i]) for i in batch}
     return dpo.micro_batches(sizes, most_tokens, run.dp_rank, run.dp_size)
 

@@ -42,7 +42,6 @@ PRESETS = {
     "13b": "--micro-tokens 8192 --sample-batch 96 --activation-checkpointing",
     "70b": "--micro-tokens 8192 --sample-batch 128 --activation-checkpointing --tp 8",
 }
-DEFAULT_MICRO_TOKENS = 16384  # train.py's on a GPU
 GPUS_A_MACHINE = 8
 GiB = 1 << 30
 RESERVE = 3 * GiB  # a GPU's, for the driver, buffers of collectives, gaps between tensors
@@ -307,7 +306,7 @@ def tokens_at_once(cfg: Config, gpus: int, sizes: list[int]) -> tuple[int, bool]
     as its fair number of the longest rows."""
     rows_each = math.ceil(cfg.batch * cfg.tp / gpus)
     longest = sorted(sizes, reverse=True)[:rows_each]
-    most = max(cfg.micro_tokens or DEFAULT_MICRO_TOKENS, longest[0])
+    most = max(cfg.micro_tokens or train.DEFAULT_MICRO_TOKENS["cuda"], longest[0])
     return min(sum(longest), most), sum(longest) > most
 
 
