@@ -910,3 +910,38 @@ def test_the_file_runs_as_a_command(folder, tok, monkeypatch, capsys):
     with pytest.raises(SystemExit) as e:
         runpy.run_path(str(ROOT / "judge.py"), run_name="__main__")
     assert e.value.code.startswith("error: /nowhere: no such folder")
+
+
+# ---- judgements as real models write them ----------------------------------------------------
+
+
+def try_of(*texts: str, truncated: bool = False) -> list[dict]:
+    """One try of a prompt: a judgement of each reply."""
+    judgements = []
+    for k, text in enumerate(texts):
+        points = None if truncated else parse_score(text)
+        judgement = {"id": 0, "k": k, "vote": 0, "text": text, "score": points}
+        judgements.append(judgement | {"truncated": truncated})
+    return judgements
+
+
+@pytest.mark.parametrize(
+    "ending", ["{} points", "{} out of 5 points.", "{}/5 points**", "({} points)", "{} point"]
+)
+def test_a_verdict_in_points_ends_an_eft_judgement(ending):
+    ranked = [{"prompt": "p", "responses": ["a", "b"], "ranks": [0, 1]}]
+    judgements = try_of("Good.\nScore: " + ending.format(4), "Poor.\nScore: " + ending.format(1))
+    agreeing, tally = judge.keep_agreeing(ranked, judgements)
+    assert [j["score"] for j in agreeing] == [4.0, 1.0] and not tally
+    goes_on = try_of("Score: 4 points. Next question:", "Score: 1 points. And")
+    assert judge.keep_agreeing(ranked, goes_on)[1] == {"goes on after its verdict": 2}
+
+
+def test_empty_and_cut_judgements_are_no_eft_and_counted_apart():
+    ranked = [{"prompt": "p", "responses": ["a", "b", "c"], "ranks": [0, 1, 2]}]
+    cut = try_of("Score: 5 is what", "Score: 4 may", "I", truncated=True)
+    empty = try_of("", " ", "")
+    vague = try_of("good", "bad", "poor")
+    assert judge.keep_agreeing(ranked, cut)[1] == {"cut by the length limit": 3}
+    assert judge.keep_agreeing(ranked, empty)[1] == {"empty": 3}
+    assert judge.keep_agreeing(ranked, vague)[1] == {"no readable verdict": 3}
