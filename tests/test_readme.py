@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -231,20 +232,26 @@ def test_every_make_target_that_a_page_names_exists():
         target_lines(target)
 
 
+def output_of_make(*words: str) -> list[str]:
+    """Lines that make prints; not as a part of the make that may have started the tests."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", "--no-print-directory", *words]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=env)
+    return result.stdout.splitlines()
+
+
 def test_every_target_has_help_and_at_most_three_commands():
     (phony,) = re.findall(r"^\.PHONY: (.*)", MAKEFILE, re.MULTILINE)
     for target in phony.split():
         head, lines = target_lines(target)
         assert "## " in head and len(lines) <= 3, target
-    result = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True)
-    assert [line.split()[0] for line in result.stdout.splitlines()] == phony.split()
+    assert [line.split()[0] for line in output_of_make("help")] == phony.split()
 
 
 def test_a_run_folder_may_have_a_space_in_its_name():
     out = "runs/my run"
-    command = ["make", "-n", "-o", ".venv/report", "run", f"OUT={out}"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    training, reporting = (shlex.split(line) for line in result.stdout.splitlines())
+    lines = output_of_make("-n", "-o", ".venv/report", "run", f"OUT={out}", "ARGS=")
+    training, reporting = (shlex.split(line) for line in lines)
     assert training[-2:] == ["--out", out] and reporting[-1] == out
 
 
