@@ -788,8 +788,8 @@ def check_same_run(cfg: Config, path: Path, files: dict[str, str]):
     for name, old in saved.get("files", {}).items():
         if files.get(name) != old:
             raise UserError(
-                f"{cfg.data}: {name} is not what it was when the run {path.parent} began; give "
-                "another --out, or bring the old file back"
+                f"{path.parent}: {name} is not what it was when this run began; give another "
+                "--out, or bring the old one back"
             )
 
 

@@ -1294,7 +1294,7 @@ def test_a_run_goes_on_with_the_data_that_it_began_with_or_not_at_all(world, tmp
     saved = json.loads((out / "config.json").read_text())["files"]
     assert saved.keys() == names | {"init", "writer"}
     before = products(out)
-    words = "is not what it was when the run|not found"
+    words = "is not what it was when this run|not found"
     for name in names:
         text = (data / name).read_text()
         (data / name).write_text(text + "\n")  # a blank line more
