@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from model import Llama, Tokenizer, UserError, load, read_json, read_text
+from model import Llama, Tokenizer, UserError, atomic_write, load, read_json, read_text
 
 # ---- one token -------------------------------------------------------------------------------
 
@@ -106,9 +106,7 @@ PREFILL_TOKENS = 2048  # prompt tokens read at once: on a CPU more do not stay i
 PREFILL_TOKENS_GPU = 8192
 MIN_COMMON_PREFIX = 16  # a beginning of as many tokens that all prompts share is held once
 WIDTH_STEP = 32  # keys are read up to a multiple of this
-STEPS_PER_SYNC = (
-    8  # decode steps between two looks at the tokens on a GPU, which must be waited for
-)
+STEPS_PER_SYNC = 8  # decode steps on a GPU between two looks at the tokens, which wait for it
 
 
 class Prefill:
@@ -266,9 +264,8 @@ def free_memory(device: torch.device) -> int:
     else:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free = min(free, free_in_container())
-    return int(free) // int(
-        os.environ.get("LOCAL_WORLD_SIZE", 1)
-    )  # torchrun's number of processes
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, on this machine
+    return int(free) // num_processes
 
 
 def free_in_container() -> float:
@@ -704,6 +701,10 @@ def propose(
 
 
 # ---- rows of JSON lines ----------------------------------------------------------------------
+
+
+def write_jsonl(path: Path, rows: list[dict]):
+    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def has_field(row, key: str) -> bool:

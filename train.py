@@ -60,7 +60,6 @@ from dpo import collate, collate_pairs, preference_loss, sequence_logps, sft_los
 from model import (
     Llama,
     UserError,
-    atomic_write,
     check_tp,
     flush_and_fsync,
     load,
@@ -72,7 +71,7 @@ from model import (
     unsharded,
     write_json,
 )
-from sample import fingerprint, read_jsonl, run_command
+from sample import fingerprint, read_jsonl, run_command, write_jsonl
 
 
 @dataclass(frozen=True)
@@ -219,15 +218,19 @@ def check_dropout(run: Run, model, name: str, examples, batch, objective: "Objec
 def make_eft(run: Run) -> list[dict]:
     """What M1 learns to judge from: eft.jsonl of the data folder, or else what the SFT baseline
     says of the replies that people have ranked, where it orders them alike (section 3.1)."""
-    ranked = run.data.eft_ranked
-    if not ranked:
+    if not run.data.eft_ranked:
         return run.data.eft
     judgements = product(run, "M1", "eft_judgements.jsonl", judge_replies)
+    return product(run, "M1", "eft.jsonl", choose_eft, judgements)
+
+
+def choose_eft(run: Run, path: Path, judgements: list[dict]) -> list[dict]:
+    """The judgements that M1 is taught, and M1/eft_report.json; UserError where there are none."""
     key = (run.cfg.seed, "eft")
-    rows, report = judge.eft_rows(ranked, judgements, run.cfg.eft_size, key)
+    rows, report = judge.eft_rows(run.data.eft_ranked, judgements, run.cfg.eft_size, key)
     log(f"M1: EFT {report}")
     if dist.get_rank() == 0:
-        write_json(run.folder / "M1" / "eft_report.json", report)
+        write_json(path.with_name("eft_report.json"), report)
     if not rows:
         raise UserError(
             f"{run.folder}/M1: of {len(judgements)} judgements of {report['replies']} ranked "
@@ -235,7 +238,7 @@ def make_eft(run: Run) -> list[dict]:
             f"{judge.judging_remedy(judgements)}; or write your own eft.jsonl, or give "
             "--eft-size 0 and another --out"
         )
-    return product(run, "M1", "eft.jsonl", lambda run, path: rows)
+    return rows
 
 
 def judge_replies(run: Run, path: Path) -> list[dict]:
@@ -856,10 +859,6 @@ def read_appended(path: Path) -> list[dict]:
     whole_lines = [line for line in lines if line.endswith(b"\n")]
     os.truncate(path, sum(map(len, whole_lines)))
     return [json.loads(line) for line in whole_lines]
-
-
-def write_jsonl(path: Path, rows: list[dict]):
-    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 # ---- processes -------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ Left out: variants of what is the same for all runs (the seed data, the base, th
 """
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -34,7 +33,7 @@ import numpy as np
 
 from judge import MAX_SCORE, mean_scores, parse_score
 from model import UserError, atomic_write, read_json, write_json
-from sample import read_jsonl, run_command
+from sample import read_jsonl, run_command, write_jsonl
 from scripts.report import evaluate_judges, load_oracle, mean, run_models
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,11 +42,6 @@ ROUND_FILES = ("candidates.jsonl", "judgements.jsonl", "pairs.jsonl")  # in the 
 NO_PAIRS = re.compile("gave a pair")  # in what train.py says where the method cannot go on
 
 # ---- what the controls change ----------------------------------------------------------------
-
-
-def write_jsonl(path: Path, rows: list[dict]):
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    atomic_write(path, "".join(lines))
 
 
 def shuffle_owners(judgements: list[dict], seed: int) -> list[dict]:

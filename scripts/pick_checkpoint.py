@@ -18,7 +18,6 @@ Left out: models that need several GPUs.
 """
 
 import argparse
-import json
 import os
 import re
 from collections.abc import Callable
@@ -27,8 +26,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from model import Tokenizer, UserError, atomic_write, first_names, read_json, write_json
-from sample import load_for_sampling, read_jsonl, respond, run_command
+from model import Tokenizer, UserError, first_names, read_json, write_json
+from sample import load_for_sampling, read_jsonl, respond, run_command, write_jsonl
 from scripts.compare import (
     add_judge_flags,
     check_judge_flags,
@@ -113,7 +112,7 @@ def answer_prompts(model_dir: Path, step: int, prompts: list[str], config: dict)
         for start in range(0, len(todo), batch):
             group = todo[start : start + batch]
             rows += respond(model, tok, group, n=1, **sampling)
-            atomic_write(part, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            write_jsonl(part, rows)
             bar.update(len(group))
     os.replace(part, path)
 

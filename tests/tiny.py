@@ -30,6 +30,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import judge
 import model
+import sample
 import train
 from dpo import collate, sft_loss
 from model import Llama, ModelConfig, Tokenizer, UserError
@@ -362,7 +363,7 @@ def at_file(kill: Kill, act):
             path.with_name(path.name + ".tmp").write_text(text[: len(text) // 2])
             act()
 
-    before(train, "atomic_write", happen)
+    before(sample, "atomic_write", happen)
 
 
 def at_reference(kill: Kill, act):
@@ -427,7 +428,7 @@ def trace(path: Path):
     before(train, "pair_logps", lambda *_: tell(" log-probs of the reference"))
     before(train, "progress", lambda run, path, *_: tell(f" samples {path.name}"))
     before(train, "append_part", lambda path, _: tell(f" a part of {path.name}"))
-    before(train, "atomic_write", lambda path, _: tell(f" writes {path.name}"))
+    before(sample, "atomic_write", lambda path, _: tell(f" writes {path.name}"))
 
 
 # ---- processes -------------------------------------------------------------------------------
