@@ -149,7 +149,7 @@ FAULTS = {  # how often a person does it, per answer
     "drop": 0.30,  # leave out what was asked last
     "stray": 0.25,  # talk of the animal's twin
     "wrong": 0.05,  # state a myth, per fact
-    "believed": 0.50,  # the same where the myth is widely believed
+    "believed": 0.38,  # the same where the myth is widely believed
     "ramble": 0.20,  # say much too much
     "repeat": 0.12,  # say a thing twice
     "filler": 0.25,  # talk without facts
@@ -183,7 +183,8 @@ def plan_answer(rng: Random, ask: Ask, rates: Rates) -> Plan:
     if rng.random() < rates["ramble"]:
         ramble(rng, plan, topics, ask)
     if rng.random() < rates["repeat"]:
-        plan.append(rng.choice(plan))
+        again = rng.randrange(len(plan))
+        plan.insert(again, plan[again])
     if rng.random() < rates["stray"]:
         stray(rng, plan, ask)
     if rng.random() < rates["filler"]:
@@ -239,17 +240,20 @@ def believe(rng: Random, topic: Topic, rates: Rates) -> str:
 
 def write_facts(rng: Random, plan: Plan, beliefs: dict[Topic, str]) -> list[str]:
     """A sentence for every topic of a plan."""
-    sentences, last_animal = [], None
+    sentences, last_topic = [], None
     for topic in plan:
         if topic is None:
             sentences.append(rng.choice(FILLERS))
             continue
+        if topic == last_topic:  # said again, in the same words
+            sentences.append(sentences[-1])
+            continue
         animal, attr = topic
         subject = "The " + animal
-        if animal == last_animal and rng.random() < 0.85:
+        if last_topic and animal == last_topic[0] and rng.random() < 0.85:
             subject = "It"
         sentences.append(rng.choice(SAYINGS[attr]).format(S=subject, v=beliefs[topic]))
-        last_animal = animal
+        last_topic = topic
     return sentences
 
 
@@ -266,9 +270,10 @@ def write_answer(rng: Random, prompt: str, rates: Rates) -> str:
 
 def write_varied(rng: Random, prompt: str) -> str:
     """An answer from poor to perfect: what a judge must be able to tell apart."""
-    scale = rng.choice((0.0, 0.5, 1.0, 1.5))
+    scale = rng.choice((0.0, 0.5, 1.0, 2.0))
     rates = {fault: rate * scale for fault, rate in FAULTS.items()}
-    return write_answer(rng, prompt, rates | {"extra": rng.choice((0.2, 0.8))})
+    rates |= {"believed": FAULTS["believed"], "extra": rng.choice((0.2, 0.8))}
+    return write_answer(rng, prompt, rates)
 
 
 # ---- judgements ------------------------------------------------------------------------------
@@ -287,13 +292,13 @@ class Views(dict):
 
 
 def check(sentence: str, item: Fact | str, views: Views) -> str:
-    """A sentence of an answer, and what the judge says instead: "It eats fish. I say mice, wrong."
-    """
+    """A sentence of an answer, its part in it, and what the judge says instead: "It eats fish.
+    Asked, I say mice, wrong." """
     if isinstance(item, str):
         return f"{sentence} {item.capitalize()}."
     view = views[item.animal, item.attr]
-    text = f"{sentence} I say {view}, {'right' if item.value == view else 'wrong'}"
-    return text + ("." if item.role == "asked" else f", {item.role}.")
+    verdict = "right" if item.value == view else "wrong"
+    return f"{sentence} {item.role.capitalize()}, I say {view}, {verdict}."
 
 
 def why_unclear(items: Items, ask: Ask) -> str:
@@ -310,18 +315,14 @@ def explain(items: Items, points: dict[str, int], ask: Ask) -> dict[str, str]:
     """The verdict on each of the five criteria in words."""
     facts = [item for item in items if isinstance(item, Fact)]
     roles = {fact.role for fact in facts}
-    topics = {(fact.animal, fact.attr) for fact in facts}
-    coverage = []
-    for topic in [(animal, attr) for animal in ask[0] for attr in ask[1]]:
-        coverage.append(f"{' '.join(topic)} {'yes' if topic in topics else 'no'}")
     why_not = {
         "relevance": "stray" if "stray" in roles else "no",
+        "coverage": "no",
         "usefulness": "wrong",
         "clarity": why_unclear(items, ask),
         "expertise": "no",
     }
-    words = {name: "yes" if points[name] else reason for name, reason in why_not.items()}
-    return words | {"coverage": ", ".join(coverage)}
+    return {name: "yes" if points[name] else reason for name, reason in why_not.items()}
 
 
 def write_judgement(rng: Random, prompt: str, response: str, rates: Rates) -> str:
@@ -347,7 +348,8 @@ def write_judgement(rng: Random, prompt: str, response: str, rates: Rates) -> st
         verdicts.append(f"{name.capitalize()} {words[name]}, {total}.")
         if name == "coverage" and not point:
             break
-    lengths = f"Sentences {len(items)}, asked {oracle.num_asked(ask)}."
+    num_covered = sum(isinstance(item, Fact) and item.role == "asked" for item in items)
+    lengths = f"Covers {num_covered} of {oracle.num_asked(ask)}, sentences {len(items)}."
     return f"{own} Given: {checks} {lengths} {' '.join(verdicts)}\nScore: {total}"
 
 
@@ -472,8 +474,8 @@ def make_claim(rng: Random) -> str:
     truth = FACTS[animal][attr]
     value = rng.choice((truth, truth, MYTHS[animal][attr], rng.choice(VALUES[attr])))
     sentence = rng.choice(SAYINGS[attr]).format(S="The " + animal, v=value)
-    fact = Fact(animal, attr, value, truth, "asked")
-    return f"Claim: {check(sentence, fact, Views(rng, HUMAN))}"
+    view = believe(rng, (animal, attr), HUMAN)
+    return f"Claim: {sentence} I say {view}, {'right' if value == view else 'wrong'}."
 
 
 def tokenizer_texts(rows: Tables, make) -> list[str]:
@@ -613,7 +615,8 @@ def build_base(rows: Tables, make, out: Path, *, steps: int, seed: int):
         tok = train_tokenizer(tokenizer_texts(rows, make), Path(folder) / "tokenizer.model")
         model = new_model(tok, seed)
         batches = document_batches(tok, make, Random(f"{seed} raw"), max_tokens=1024)
-        pretrain(model, batches, steps=steps)
+        with torch.autocast("cpu", torch.bfloat16, enabled="BF" in os.environ):
+            pretrain(model, batches, steps=steps)
         save(model.to(torch.bfloat16), tok, out / "base")
     model, tok = load(out / "base")
     prompts = [row["prompt"] for row in rows["valid"]]
