@@ -47,15 +47,7 @@ HELD_OUT = ("test", "valid", "eft_eval")
 RESPONSES = 3  # per ranked prompt
 GRADINGS = 160  # rows of ift.jsonl in which someone asks for a grade
 EXAMPLES = 8  # questions that the writer of new prompts is shown
-import os
-SHAPE = {  # of the base, as in ModelConfig
-    "dim": int(os.environ.get("D", 192)),
-    "layers": 4,
-    "heads": int(os.environ.get("D", 192)) // 32,
-    "kv_heads": max(1, int(os.environ.get("D", 192)) // 96),
-    "ffn": int(os.environ.get("D", 192)) * 8 // 3 // 16 * 16,
-    "max_len": 512,
-}
+HEAD_DIM = 32  # what fast attention kernels take: 32 or 64
 VOCABULARY = 1024
 
 Tables = dict[str, list[dict]]  # the rows of each file
@@ -505,11 +497,24 @@ def train_tokenizer(texts: list[str], path: Path) -> Tokenizer:
     return Tokenizer(path)
 
 
-def new_model(tok: Tokenizer, seed: int) -> Llama:
+def shape_of(tok: Tokenizer, dim: int) -> ModelConfig:
+    """Four layers of a width, a multiple of 96; of a head's size, three heads share a key."""
+    return ModelConfig(
+        vocab_size=tok.size,
+        dim=dim,
+        layers=4,
+        heads=dim // HEAD_DIM,
+        kv_heads=dim // HEAD_DIM // 3,
+        ffn=dim * 8 // 3,
+        max_len=512,
+    )
+
+
+def new_model(tok: Tokenizer, dim: int, seed: int) -> Llama:
     """A Llama that learns fast when small: each matrix scaled by its fan-in, the residual branches
     damped, and the embedding as large as if it were multiplied by sqrt(D)."""
     torch.manual_seed(seed)
-    model = Llama(ModelConfig(vocab_size=tok.size, **SHAPE))
+    model = Llama(shape_of(tok, dim))
     damping = (2 * model.cfg.layers) ** -0.5
     for name, weight in model.named_parameters():
         if weight.dim() != 2:
@@ -567,7 +572,8 @@ def pretrain(model: Llama, batches: Iterator[list], *, steps: int, peak: float =
             group["lr"] = group["scale"] * learning_rate(step, steps, peak)
         documents = [torch.tensor(ids) for ids in next(batches)]
         tokens = pad_sequence(documents, batch_first=True, padding_value=IGNORE)  # (B, T)
-        logits = model(tokens[:, :-1].clamp(min=0))  # (B, T - 1, V)
+        with torch.autocast("cpu", torch.bfloat16, enabled="BF" in os.environ):
+            logits = model(tokens[:, :-1].clamp(min=0))  # (B, T - 1, V)
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=IGNORE)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -609,14 +615,13 @@ def probe(model: Llama, tok: Tokenizer, prompts: list[str], seed: int) -> dict[s
     return {name: count / len(prompts) for name, count in counts.items()}
 
 
-def build_base(rows: Tables, make, out: Path, *, steps: int, seed: int):
+def build_base(rows: Tables, make, out: Path, *, dim: int, steps: int, seed: int):
     """Tokenizer and pretrained weights, in Hugging Face layout, put in place when whole."""
     with tempfile.TemporaryDirectory() as folder:
         tok = train_tokenizer(tokenizer_texts(rows, make), Path(folder) / "tokenizer.model")
-        model = new_model(tok, seed)
+        model = new_model(tok, dim, seed)
         batches = document_batches(tok, make, Random(f"{seed} raw"), max_tokens=1024)
-        with torch.autocast("cpu", torch.bfloat16, enabled="BF" in os.environ):
-            pretrain(model, batches, steps=steps)
+        pretrain(model, batches, steps=steps)
         save(model.to(torch.bfloat16), tok, out / "base")
     model, tok = load(out / "base")
     prompts = [row["prompt"] for row in rows["valid"]]
@@ -641,7 +646,7 @@ def describe(rows: Tables):
         print(f"{name}: mean {mean:.2f}, scores {histogram}, true in {rates}")
 
 
-def main(out: Path, seed: int, rows_only: bool, steps: int):
+def main(out: Path, seed: int, rows_only: bool, dim: int, steps: int):
     began = time.time()
     rows = make_rows(seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -650,7 +655,7 @@ def main(out: Path, seed: int, rows_only: bool, steps: int):
     print(f"rows took {time.time() - began:.0f} s", flush=True)
     if not rows_only:
         make = question_source(held_out_prompts(rows))
-        build_base(rows, make, out, steps=steps, seed=seed)
+        build_base(rows, make, out, dim=dim, steps=steps, seed=seed)
         print(f"all took {time.time() - began:.0f} s")
 
 
@@ -660,6 +665,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=here, help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="every draw depends on it")
     parser.add_argument("--rows-only", action="store_true", help="leave the base alone")
+    parser.add_argument("--dim", type=int, default=192, help="width of the base, times 96")
     parser.add_argument("--steps", type=int, default=12000, help="training steps of the base")
     return parser.parse_args()
 
