@@ -57,8 +57,8 @@ Items = list[Fact | str]  # what oracle.py reads in an answer
 JUDGE = (
     "Grade this answer, one point each for relevance, coverage, usefulness, clarity, expertise. "
     "Explain, then end with the line Score: <n>\n"
-    "Answer: {response}\n"
     "Question: {prompt}\n"
+    "Answer: {response}\n"
 )
 PLACEHOLDERS = [f"{{{i}}}" for i in range(1, EXAMPLES + 1)]
 PROPOSE = "".join(f"Question: {place}\n" for place in PLACEHOLDERS) + "Question:"
@@ -283,6 +283,10 @@ class Views(dict):
         return self[topic]
 
 
+def sentences_of(response: str) -> list[str]:
+    return list(filter(None, map(str.strip, oracle.SENTENCE.findall(response))))
+
+
 def check(sentence: str, item: Fact | str, views: Views) -> str:
     """A sentence of an answer, its part in it, and what the judge says instead: "It eats fish.
     Asked, I say mice, wrong." """
@@ -330,7 +334,7 @@ def write_judgement(rng: Random, prompt: str, response: str, rates: Rates) -> st
         if isinstance(item, Fact):
             item = item._replace(truth=views[item.animal, item.attr])
         items.append(item)
-    sentences = filter(None, map(str.strip, oracle.SENTENCE.findall(response)))
+    sentences = sentences_of(response)
     checks = " ".join(check(s, item, views) for s, item in zip(sentences, items, strict=True))
     points = oracle.judge_items(items, ask)
     words = explain(items, points, ask)
@@ -422,10 +426,11 @@ def write_rows(rows: Tables, out: Path):
 # ---- the base --------------------------------------------------------------------------------
 
 DOCUMENT_KINDS = {  # how often, in percent
-    "facts": 14,  # an encyclopedia's entry
-    "forum": 26,  # a question and a person's answer
-    "claims": 8,  # single sentences and what somebody says instead
-    "review": 48,  # an answer, its question, and a grade with its reasons
+    "facts": 12,  # an encyclopedia's entry
+    "forum": 24,  # a question and a person's answer
+    "claims": 6,  # single sentences and what somebody says instead
+    "notes": 20,  # a question, and an answer with each sentence's part in it
+    "review": 34,  # a question, an answer, and a grade with its reasons
     "list": 4,  # questions one after the other
 }
 
@@ -444,8 +449,18 @@ def make_document(rng: Random, make) -> str:
     if kind == "forum":
         return f"Question: {prompt}\nAnswer: {write_answer(rng, prompt, HUMAN)}"
     response = write_varied(rng, prompt)
+    if kind == "notes":
+        return f"Question: {prompt}\nAnswer: {with_roles(prompt, response)}"
     review = write_judgement(rng, prompt, response, HUMAN)
-    return f"Answer: {response}\nQuestion: {prompt}\n{review}"
+    return f"Question: {prompt}\nAnswer: {response}\n{review}"
+
+
+def with_roles(prompt: str, response: str) -> str:
+    """Each sentence of an answer with its part in it: "It eats fish. Asked." """
+    items = oracle.read_answer(response, oracle.parse_prompt(prompt))
+    roles = [item.role if isinstance(item, Fact) else item for item in items]
+    sentences = zip(sentences_of(response), roles, strict=True)
+    return " ".join(f"{sentence} {role.capitalize()}." for sentence, role in sentences)
 
 
 def make_article(rng: Random, animal: str) -> str:
@@ -572,7 +587,7 @@ def pretrain(model: Llama, batches: Iterator[list], *, steps: int, peak: float =
             group["lr"] = group["scale"] * learning_rate(step, steps, peak)
         documents = [torch.tensor(ids) for ids in next(batches)]
         tokens = pad_sequence(documents, batch_first=True, padding_value=IGNORE)  # (B, T)
-        with torch.autocast("cpu", torch.bfloat16, enabled="BF" in os.environ):
+        with torch.autocast("cpu", torch.bfloat16):
             logits = model(tokens[:, :-1].clamp(min=0))  # (B, T - 1, V)
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=IGNORE)
         loss.backward()
