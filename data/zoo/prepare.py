@@ -450,7 +450,7 @@ def make_document(rng: Random, make) -> str:
         return f"Question: {prompt}\nAnswer: {write_answer(rng, prompt, HUMAN)}"
     response = write_varied(rng, prompt)
     if kind == "notes":
-        return f"Question: {prompt}\nAnswer: {with_roles(prompt, response)}"
+        return f"Question: {prompt}\nMarked answer: {with_roles(prompt, response)}"
     review = write_judgement(rng, prompt, response, HUMAN)
     return f"Question: {prompt}\nAnswer: {response}\n{review}"
 
