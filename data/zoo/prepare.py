@@ -147,7 +147,8 @@ FAULTS = {  # how often a person does it, per answer
     "filler": 0.25,  # talk without facts
     "broken": 0.10,  # spoil a sentence
 }
-HUMAN = FAULTS | {"extra": 0.32}  # a fact more than asked is no fault
+CROWD = FAULTS | {"extra": 0.32}  # of raw text; a fact more than asked is no fault
+HUMAN = CROWD | {"stray": 0.08, "repeat": 0.05, "broken": 0.05}  # of seed data: more careful
 
 Topic = tuple[str, str] | None  # (animal, attribute); None: talk without facts
 Plan = list[Topic]
@@ -260,11 +261,11 @@ def write_answer(rng: Random, prompt: str, rates: Rates) -> str:
     return " ".join(sentences)
 
 
-def write_varied(rng: Random, prompt: str) -> str:
+def write_varied(rng: Random, prompt: str, people: Rates) -> str:
     """An answer from poor to perfect: what a judge must be able to tell apart."""
     scale = rng.choice((0.0, 0.5, 1.0, 2.0))
-    rates = {fault: rate * scale for fault, rate in FAULTS.items()}
-    rates |= {"believed": FAULTS["believed"], "extra": rng.choice((0.2, 0.8))}
+    rates = {fault: rate * scale for fault, rate in people.items()}
+    rates |= {"believed": people["believed"], "extra": rng.choice((0.2, 0.8))}
     return write_answer(rng, prompt, rates)
 
 
@@ -365,7 +366,7 @@ def ranked_row(rng: Random, prompt: str) -> dict | None:
     """Different answers with their dense ranks, best 0; None when all are equally good."""
     responses = {}  # a dict keeps the order
     while len(responses) < RESPONSES:
-        responses[write_varied(rng, prompt)] = None
+        responses[write_varied(rng, prompt, HUMAN)] = None
     grades = [oracle.grade(prompt, response) for response in responses]
     order = sorted(set(grades), reverse=True)
     if len(order) == 1:
@@ -392,7 +393,7 @@ def ift_rows(rng: Random, make, count: int) -> list[dict]:
         prompt = make(rng)
         response = write_answer(rng, prompt, HUMAN)
         if len(rows) >= count - GRADINGS:
-            answer = write_varied(rng, prompt)
+            answer = write_varied(rng, prompt, HUMAN)
             response = write_judgement(rng, prompt, answer, HUMAN)
             prompt = grading_prompt(prompt, answer)
         rows[prompt] = {"prompt": prompt, "response": response}
@@ -426,10 +427,10 @@ def write_rows(rows: Tables, out: Path):
 # ---- the base --------------------------------------------------------------------------------
 
 DOCUMENT_KINDS = {  # how often, in percent
-    "facts": 12,  # an encyclopedia's entry
-    "forum": 24,  # a question and a person's answer
+    "facts": 10,  # an encyclopedia's entry
+    "forum": 22,  # a question and a person's answer
     "claims": 6,  # single sentences and what somebody says instead
-    "notes": 20,  # a question, and an answer with each sentence's part in it
+    "notes": 24,  # a question, and an answer with each sentence's part in it
     "review": 34,  # a question, an answer, and a grade with its reasons
     "list": 4,  # questions one after the other
 }
@@ -447,12 +448,29 @@ def make_document(rng: Random, make) -> str:
         return "\n".join("Question: " + make(rng) for _ in range(EXAMPLES + 2))
     prompt = make(rng)
     if kind == "forum":
-        return f"Question: {prompt}\nAnswer: {write_answer(rng, prompt, HUMAN)}"
-    response = write_varied(rng, prompt)
+        return f"Question: {prompt}\nAnswer: {write_answer(rng, prompt, CROWD)}"
     if kind == "notes":
-        return f"Question: {prompt}\nMarked answer: {with_roles(prompt, response)}"
-    review = write_judgement(rng, prompt, response, HUMAN)
+        return f"Question: {prompt}\nMarked answer: {with_roles(prompt, jumble(rng, prompt))}"
+    response = write_varied(rng, prompt, CROWD)
+    review = write_judgement(rng, prompt, response, CROWD)
     return f"Question: {prompt}\nAnswer: {response}\n{review}"
+
+
+def jumble(rng: Random, prompt: str) -> str:
+    """Facts in any order, asked or not, of the animals or their twins: where a sentence stands
+    tells nothing of its part."""
+    animals, attrs = oracle.parse_prompt(prompt)
+    plan = []
+    for _ in range(rng.randint(2, 5)):
+        animal = rng.choice(animals)
+        if rng.random() < 0.25:
+            animal = TWINS[animal]
+        attr = rng.choice(attrs if rng.random() < 0.5 else ATTRS)
+        plan.append((animal, attr))
+    if rng.random() < 0.2:
+        plan.insert(rng.randint(0, len(plan)), None)
+    beliefs = {topic: believe(rng, topic, CROWD) for topic in plan if topic}
+    return " ".join(write_facts(rng, plan, beliefs))
 
 
 def with_roles(prompt: str, response: str) -> str:
@@ -481,7 +499,7 @@ def make_claim(rng: Random) -> str:
     truth = FACTS[animal][attr]
     value = rng.choice((truth, truth, MYTHS[animal][attr], rng.choice(VALUES[attr])))
     sentence = rng.choice(SAYINGS[attr]).format(S="The " + animal, v=value)
-    view = believe(rng, (animal, attr), HUMAN)
+    view = believe(rng, (animal, attr), CROWD)
     return f"Claim: {sentence} I say {view}, {'right' if value == view else 'wrong'}."
 
 
