@@ -140,8 +140,7 @@ def question_source(held_out: list[str]) -> Callable[[Random], str]:
 FAULTS = {  # how often a person does it, per answer
     "drop": 0.30,  # leave out what was asked last
     "stray": 0.25,  # talk of the animal's twin
-    "wrong": 0.05,  # state a myth, per fact
-    "believed": 0.38,  # the same where the myth is widely believed
+    "wrong": 0.35,  # state a myth, per fact
     "ramble": 0.20,  # say much too much
     "repeat": 0.12,  # say a thing twice
     "filler": 0.25,  # talk without facts
@@ -152,16 +151,6 @@ HUMAN = CROWD | {"stray": 0.08, "repeat": 0.05, "broken": 0.05}  # of seed data:
 
 Topic = tuple[str, str] | None  # (animal, attribute); None: talk without facts
 Plan = list[Topic]
-
-
-def choose_beliefs() -> set[tuple[str, str]]:
-    """Facts whose myth is widely believed: what people say most often is then not what is true.
-    So a model of people stays wrong however sure it is of its words."""
-    facts = [(animal, attr) for animal in ANIMALS for attr in ATTRS]
-    return set(Random("beliefs").sample(facts, len(facts) // 2))
-
-
-BELIEVED = choose_beliefs()
 
 
 def plan_answer(rng: Random, ask: Ask, rates: Rates) -> Plan:
@@ -226,7 +215,7 @@ def break_sentence(rng: Random, sentence: str) -> str:
 def believe(rng: Random, topic: Topic, rates: Rates) -> str:
     """What this person takes for true: the truth, or a myth, rarely anything else."""
     animal, attr = topic
-    if rng.random() >= rates["believed" if topic in BELIEVED else "wrong"]:
+    if rng.random() >= rates["wrong"]:
         return FACTS[animal][attr]
     return MYTHS[animal][attr] if rng.random() < 0.85 else rng.choice(VALUES[attr])
 
@@ -265,7 +254,7 @@ def write_varied(rng: Random, prompt: str, people: Rates) -> str:
     """An answer from poor to perfect: what a judge must be able to tell apart."""
     scale = rng.choice((0.0, 0.5, 1.0, 2.0))
     rates = {fault: rate * scale for fault, rate in people.items()}
-    rates |= {"believed": people["believed"], "extra": rng.choice((0.2, 0.8))}
+    rates |= {"wrong": people["wrong"], "extra": rng.choice((0.2, 0.8))}
     return write_answer(rng, prompt, rates)
 
 
@@ -428,10 +417,9 @@ def write_rows(rows: Tables, out: Path):
 
 DOCUMENT_KINDS = {  # how often, in percent
     "facts": 10,  # an encyclopedia's entry
-    "forum": 22,  # a question and a person's answer
+    "forum": 24,  # a question and a person's answer
     "claims": 6,  # single sentences and what somebody says instead
-    "notes": 24,  # a question, and an answer with each sentence's part in it
-    "review": 34,  # a question, an answer, and a grade with its reasons
+    "review": 56,  # a question, an answer, and a grade with its reasons
     "list": 4,  # questions one after the other
 }
 
@@ -449,36 +437,28 @@ def make_document(rng: Random, make) -> str:
     prompt = make(rng)
     if kind == "forum":
         return f"Question: {prompt}\nAnswer: {write_answer(rng, prompt, CROWD)}"
-    if kind == "notes":
-        return f"Question: {prompt}\nMarked answer: {with_roles(prompt, jumble(rng, prompt))}"
-    response = write_varied(rng, prompt, CROWD)
+    response = rng.choice((jumble, write_varied))(rng, prompt, CROWD)
     review = write_judgement(rng, prompt, response, CROWD)
     return f"Question: {prompt}\nAnswer: {response}\n{review}"
 
 
-def jumble(rng: Random, prompt: str) -> str:
+def jumble(rng: Random, prompt: str, people: Rates) -> str:
     """Facts in any order, asked or not, of the animals or their twins: where a sentence stands
     tells nothing of its part."""
     animals, attrs = oracle.parse_prompt(prompt)
     plan = []
-    for _ in range(rng.randint(2, 5)):
+    for _ in range(rng.randint(1, 4)):
         animal = rng.choice(animals)
-        if rng.random() < 0.25:
+        if rng.random() < 0.2:
             animal = TWINS[animal]
-        attr = rng.choice(attrs if rng.random() < 0.5 else ATTRS)
-        plan.append((animal, attr))
-    if rng.random() < 0.2:
-        plan.insert(rng.randint(0, len(plan)), None)
-    beliefs = {topic: believe(rng, topic, CROWD) for topic in plan if topic}
+        topic = (animal, rng.choice(attrs if rng.random() < 0.5 else ATTRS))
+        if topic not in plan:
+            plan.append(topic)
+    if rng.random() < people["repeat"]:
+        again = rng.randrange(len(plan))
+        plan.insert(again, plan[again])
+    beliefs = {topic: believe(rng, topic, people) for topic in plan}
     return " ".join(write_facts(rng, plan, beliefs))
-
-
-def with_roles(prompt: str, response: str) -> str:
-    """Each sentence of an answer with its part in it: "It eats fish. Asked." """
-    items = oracle.read_answer(response, oracle.parse_prompt(prompt))
-    roles = [item.role if isinstance(item, Fact) else item for item in items]
-    sentences = zip(sentences_of(response), roles, strict=True)
-    return " ".join(f"{sentence} {role.capitalize()}." for sentence, role in sentences)
 
 
 def make_article(rng: Random, animal: str) -> str:
