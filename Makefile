@@ -4,7 +4,7 @@ OUT    ?= runs/zoo
 ARGS   ?=
 NEED   := "Python 3.11 or newer is needed; name one: make PYTHON=python3.11"
 
-.PHONY: help setup run test lint format bench bench-train kills reproduce ablations zoo clean
+.PHONY: help setup run test lint format bench bench-train gpu kills reproduce ablations zoo clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,9 @@ bench: .venv/dev  ## sampling beside transformers' generate; an hour, or less wi
 
 bench-train: .venv/bench  ## training steps and their memory beside transformers and TRL; half an hour
 	$(BIN)/python tests/bench_train.py $(ARGS)
+
+gpu: .venv/dev  ## what works on this GPU, and how fast, in ten minutes: a table and runs/gpu.json
+	$(BIN)/python -m scripts.gpu $(ARGS)
 
 kills: .venv/dev  ## kill -9 a tiny run at 20 random moments, on one and on two processes (ARGS="--seed 1"); minutes
 	$(BIN)/python tests/proof_kill.py $(ARGS)

@@ -873,3 +873,4 @@ def unsharded(model: Llama, mesh):
     finally:
         for module in sharded:
             module.reshard()
+        torch.cuda.empty_cache()  # what NCCL needs it takes beside torch; without a GPU nothing

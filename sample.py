@@ -605,8 +605,10 @@ def too_similar(text: str, pool: list[list[str]], rouge: float) -> bool:
     new = words(text)
     if new in pool:
         return True
+    new_words = set(new)
     for old in pool:
-        highest_possible = 2 * min(len(old), len(new)) / max(1, len(old) + len(new))
+        num_common = sum(map(new_words.__contains__, old))
+        highest_possible = 2 * min(num_common, len(new)) / max(1, len(old) + len(new))
         if highest_possible > rouge and rouge_l(old, new) > rouge:
             return True
     return False

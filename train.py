@@ -44,6 +44,8 @@ from typing import NamedTuple
 # sleep at once costs 40 %.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+# Sampling and training want blocks of other sizes; a GPU's memory is not to be split by them.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 import torch.distributed as dist
@@ -94,7 +96,7 @@ class Config:
     top_p: float = 0.9  # of responses
     max_response: int = 1024  # most tokens of a response
     max_judgement: int = 256  # most tokens of a judgement
-    sample_batch: int = 32  # sequences sampled side by side in one process
+    sample_batch: int = 128  # sequences sampled side by side in one process, memory permitting
     eft_size: int = 1630  # most EFT rows made where data has no eft.jsonl; 0: M1 learns IFT alone
     sft_lr: float = 5.5e-6  # peak learning rate of SFT; ends at a fifth of it
     sft_epochs: int = 3  # passes over the seed data (paper: not given)
@@ -119,7 +121,9 @@ DATA_FILES = "ift.jsonl eft.jsonl eft_ranked.jsonl eft_eval.jsonl test.jsonl val
 DATA_FILES += ["judge.txt", "propose.txt"]
 WRITER_SAMPLING = {"temperature": 0.6, "top_p": 0.9}  # of new prompts (paper section 2.2)
 DEFAULT_MICRO_TOKENS = {"cuda": 16384, "cpu": 2048}
-BATCHES_PER_CHUNK = 8  # batches of sequences a process samples between two appends to disk
+# Batches of sequences that a process samples between two appends to disk. A kill loses as many;
+# where a chunk ends, all wait for the last text, which costs a GPU as much as a whole batch.
+BATCHES_PER_CHUNK = {"cuda": 32, "cpu": 8}
 
 
 class Data(NamedTuple):
@@ -422,7 +426,7 @@ def map_in_chunks(
     if finished:
         log(f"{path.name}: {len(finished)} of {len(rows)} rows are there from an earlier start")
     remaining = [i for i in range(len(rows)) if i not in finished]
-    samples_per_chunk = BATCHES_PER_CHUNK * run.cfg.sample_batch * run.dp_size
+    samples_per_chunk = BATCHES_PER_CHUNK[run.device] * run.cfg.sample_batch * run.dp_size
     size = max(1, samples_per_chunk // samples_per_row)
     total = len(remaining) * samples_per_row
     with unsharded(model, run.mesh) as plain, progress(run, path, total, unit) as callback:

@@ -38,9 +38,9 @@ SHAPES = {
 # The machine's knobs: for 7b and 13b on 8 GPUs of 80 GiB, 70b on 64. The method's knobs are the
 # paper's already, as Config's defaults.
 PRESETS = {
-    "7b": "--micro-tokens 8192 --sample-batch 128",
-    "13b": "--micro-tokens 8192 --sample-batch 96 --activation-checkpointing",
-    "70b": "--micro-tokens 8192 --sample-batch 128 --activation-checkpointing --tp 8",
+    "7b": "--micro-tokens 8192",
+    "13b": "--micro-tokens 8192 --activation-checkpointing",
+    "70b": "--micro-tokens 8192 --activation-checkpointing --tp 8",
 }
 GPUS_A_MACHINE = 8
 GiB = 1 << 30

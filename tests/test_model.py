@@ -11,9 +11,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
+import safetensors
 import sentencepiece
 import tiny
 import torch
@@ -896,6 +898,69 @@ def test_processes_load_and_save_their_shards_as_one_does_the_whole(
         assert read_files(one) == read_files(tmp_path / f"saved{number}")
 
 
+class WatchedFile:
+    """An open weights file that counts the bytes of the slices that are asked of it, and insists
+    that a slice is a view of the mapped file: what is not in it is neither read nor copied."""
+
+    def __init__(self, *args, **settings):
+        self.opening = SAFE_OPEN(*args, **settings)
+        self.asked = 0
+        OPENINGS.append(self)
+
+    def __enter__(self):
+        self.file = self.opening.__enter__()
+        self.keys, self.metadata = self.file.keys, self.file.metadata
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        spans = [line.split()[0].split("-") for line in maps if line.endswith(".safetensors")]
+        self.spans = [range(int(start, 16), int(end, 16)) for start, end in spans]
+        return self
+
+    def __exit__(self, *error):
+        return self.opening.__exit__(*error)
+
+    def get_slice(self, name):
+        return WatchedSlice(self, self.file.get_slice(name))
+
+
+class WatchedSlice:
+    def __init__(self, file, whole):
+        self.file, self.whole = file, whole
+        self.get_shape, self.get_dtype = whole.get_shape, whole.get_dtype
+
+    def __getitem__(self, places):
+        view = self.whole[places]
+        assert any(view.data_ptr() in span for span in self.file.spans), "it is a copy"
+        self.file.asked += view.nbytes
+        return view
+
+
+SAFE_OPEN, OPENINGS = safetensors.safe_open, []
+
+
+def load_a_share(rank: int, world_size: int, tp: int, folder: Path):
+    """One of several processes that shard a model reads its share of the weights file alone."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store{tp}", world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    mesh = init_device_mesh("cpu", (world_size // tp, tp), mesh_dim_names=("dp", "tp"))
+    safetensors.safe_open = WatchedFile  # torch's reader looks it up at every call
+    net, _ = load(folder, shard=partial(parallelize, mesh=mesh, dtype=torch.float32))
+    share = sum(p.to_local().nbytes for p in net.parameters())
+    assert sum(file.asked for file in OPENINGS) == share
+    file_bytes = (folder / "model.safetensors").stat().st_size
+    assert file_bytes / 4.4 < share < file_bytes / 3.6
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+@pytest.mark.parametrize("tp", [1, 2])
+def test_each_process_reads_its_share_of_a_weights_file(small70b, tok, tmp_path, tp):
+    save(small70b, tok, tmp_path)
+    arguments = [(rank, 4, tp, tmp_path) for rank in range(4)]
+    assert tiny.together(load_a_share, arguments) == [0] * 4
+
+
 def decode_and_train(rank: int, folder: Path, cfg: ModelConfig):
     """One of two processes that shard a model: one decodes more tokens than the other, and then
     they take a step together."""
@@ -942,6 +1007,7 @@ def test_a_model_that_cannot_be_divided_among_processes_is_refused_by_the_number
 
 PEAK = """
 import os, sys
+from functools import partial
 from pathlib import Path
 import torch
 import model

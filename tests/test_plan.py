@@ -257,13 +257,13 @@ PAPER = {  # section 3.1
 @pytest.mark.parametrize("size", plan.PRESETS)
 def test_presets_fit_with_the_papers_knobs_and_flags_override_them(size, tmp_path, capsys):
     folder = data_folder(tmp_path / "data")
-    (folder / "recipe.json").write_text('{"sample_batch": 3, "tp": 4, "max_response": 99}')
+    (folder / "recipe.json").write_text('{"micro_tokens": 3, "tp": 4, "max_response": 99}')
     cfg, shape, tok = plan.read_model(size, ["--data", str(folder)])
     assert {knob: getattr(cfg, knob) for knob in PAPER} == PAPER
     assert shape == SHAPES[size] and tok is None
-    assert cfg.max_response == 99 and cfg.micro_tokens == 8192 and cfg.sample_batch > 90
-    cfg, _, _ = plan.read_model(size, ["--data", str(folder), "--sample-batch", "7"])
-    assert cfg.sample_batch == 7 and cfg.micro_tokens == 8192
+    assert cfg.max_response == 99 and cfg.micro_tokens == 8192
+    cfg, _, _ = plan.read_model(size, ["--data", str(folder), "--micro-tokens", "7"])
+    assert cfg.micro_tokens == 7 and cfg.max_response == 99
     text = printed(capsys, size, "--gpus", BY_SIZE[size])
     totals = re.search("together(.*)", text)[1].split()
     assert len(totals) == 4 and all(20 < float(gib) < 80 for gib in totals)
@@ -280,7 +280,7 @@ def test_the_command_that_is_printed_has_the_knobs_of_the_preset_and_of_the_flag
     assert cfg.out == "runs/13b" and cfg.iters == 2
     assert cfg.activation_checkpointing and cfg.micro_tokens == 8192
     slots = max(map(int, re.search(r"(\d+) responses and (\d+) judgements", text).groups()))
-    assert cfg.sample_batch == min(96, slots) and "memory holds no more" in text
+    assert cfg.sample_batch == min(128, slots) and "memory holds no more" in text
 
 
 def test_a_folder_of_a_known_size_brings_its_knobs_and_another_none(tmp_path, net, tok, capsys):

@@ -28,7 +28,7 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 PROGRAMS = {"train.py": "train", "sample.py": "sample", "judge.py": "judge"}
 PROGRAMS |= {"data/oasst/prepare.py": "data.oasst.prepare"}
 MODULES = ["data.zoo.prepare"]
-MODULES += [f"scripts.{name}" for name in ("report", "compare", "answer", "plan", "ablate")]
+MODULES += [f"scripts.{name}" for name in ("report", "compare", "answer", "plan", "ablate", "gpu")]
 MODULES += ["scripts.convert_meta", "scripts.pick_checkpoint"]
 TORCHRUN_FLAGS = "--nproc-per-node --nnodes --rdzv-id --rdzv-backend --rdzv-endpoint".split()
 TORCHRUN_FLAGS += ["--shutdown-timeout"]

@@ -39,6 +39,7 @@ from sample import (
     sample_from_cdf,
     sample_token,
     sampling_settings,
+    too_similar,
     top_p_filter,
     uniforms,
     why_unfit,
@@ -1211,6 +1212,30 @@ def test_rouge_l_by_hand():
     assert rouge_l(a, b) == pytest.approx(2 * 4 / 12)
     assert rouge_l(a, a) == 1.0 and rouge_l(a, []) == 0.0 and rouge_l([], []) == 0.0
     assert rouge_l(a, list(reversed(a))) < 0.6
+
+
+def random_text(rng: random.Random) -> list[str]:
+    """Words of which some are frequent, as in any language."""
+    return [f"w{int(rng.paretovariate(0.7))}" for _ in range(rng.randint(0, 30))]
+
+
+def test_the_filter_is_rouge_l_with_every_text_of_the_pool(monkeypatch):
+    rng = random.Random(0)
+    num_similar, num_compared, pairs = 0, [], 0
+    monkeypatch.setattr(sample, "rouge_l", lambda a, b: num_compared.append(1) or rouge_l(a, b))
+    for _ in range(400):
+        pool = [random_text(rng) for _ in range(20)]
+        text = rng.choice([random_text(rng), list(rng.choice(pool))])
+        for _ in range(rng.randint(0, 8)):  # a copy with some changes
+            place = rng.randint(0, len(text))
+            text[place : place + rng.randint(0, 2)] = random_text(rng)[: rng.randint(0, 2)]
+        limit = rng.choice([0.0, 0.3, 0.7, 0.99, 1.0])
+        expected = any(text == old or rouge_l(text, old) > limit for old in pool)
+        assert too_similar(" ".join(text), pool, limit) == expected
+        num_similar += expected
+        pairs += 20
+    assert 100 < num_similar < 300
+    assert sum(num_compared) < pairs / 16, "most texts have too few words in common"
 
 
 def test_words_are_letters_and_digits_in_lower_case():
