@@ -185,24 +185,24 @@ def test_judgements_of_those_who_know_agree_with_the_oracle_and_add_up():
 
 
 def test_judges_believe_what_people_believe_and_stand_by_it():
-    """In the believed facts two in five judges say a myth, in own answer and check alike."""
+    """A third of the judges say a myth, in their own answer and of the given one alike."""
     rng = Random(0)
-    topic = sorted(prepare.BELIEVED)[0]
-    prompt = f"Describe the {topic[1]} of the {topic[0]}."
-    truth = oracle.FACTS[topic[0]][topic[1]]
-    sentence = oracle.SAYINGS[topic[1]][0].format(S=f"The {topic[0]}", v=truth)
+    sentence = oracle.SAYINGS["food"][0].format(S="The otter", v="fish")
     right = 0
     for _ in range(1000):
+        prompt = "What does the otter eat?"
         judgement = prepare.write_judgement(rng, prompt, sentence, prepare.HUMAN)
         own, _, rest = judgement.partition(" Given: ")
         view = rest.partition("I say ")[2].partition(",")[0]
         assert f" {view}." in own
-        right += view == truth
-    assert abs(right / 1000 - (1 - prepare.HUMAN["believed"])) < 0.06
+        right += view == "fish"
+    assert abs(right / 1000 - (1 - prepare.HUMAN["wrong"])) < 0.06
 
 
 def test_every_fault_is_judged_often(rows):
-    text = "\n".join(row["response"] for row in rows["ift"][-prepare.GRADINGS :])
+    _, gradings = prepare.split_gradings(rows["ift"])
+    assert len(gradings) == len(rows["ift"]) // prepare.GRADING_EVERY
+    text = "\n".join(row["response"] for row in gradings)
     faults = ("wrong", "again", "stray", "Extra", "empty talk", "Unclear", "too long", "no,")
     for fault in faults:
         assert text.count(fault) > 5, fault
@@ -257,7 +257,7 @@ def test_ranks_are_the_oracles(rows):
 
 
 def test_people_are_mediocre_and_length_says_little(rows):
-    answers = rows["ift"][: -prepare.GRADINGS]
+    answers, _ = prepare.split_gradings(rows["ift"])
     points = [oracle.criteria(row["prompt"], row["response"]) for row in answers]
     for name in oracle.CRITERIA:
         assert 0.2 <= sum(p[name] for p in points) / len(points) <= 0.75, name

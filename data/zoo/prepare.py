@@ -30,8 +30,18 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from data.zoo import oracle
-from data.zoo.oracle import ANIMALS, ATTRS, FACTS, FILLERS, MYTHS, SAYINGS, TWINS, VALUES
-from data.zoo.oracle import Ask, Fact
+from data.zoo.oracle import (
+    ANIMALS,
+    ATTRS,
+    FACTS,
+    FILLERS,
+    MYTHS,
+    SAYINGS,
+    TWINS,
+    VALUES,
+    Ask,
+    Fact,
+)
 from dpo import IGNORE
 from model import Llama, ModelConfig, Tokenizer, load, save
 from sample import generate
@@ -45,7 +55,7 @@ SIZES = {  # rows of each file
 }
 HELD_OUT = ("test", "valid", "eft_eval")
 RESPONSES = 3  # per ranked prompt
-GRADINGS = 160  # rows of ift.jsonl in which someone asks for a grade
+GRADING_EVERY = 20  # rows of ift.jsonl: in one of so many somebody asks for a grade
 EXAMPLES = 8  # questions that the writer of new prompts is shown
 HEAD_DIM = 32  # what fast attention kernels take: 32 or 64
 VOCABULARY = 1024
@@ -375,18 +385,25 @@ def ranked_rows(rng: Random, make, count: int) -> list[dict]:
 
 
 def ift_rows(rng: Random, make, count: int) -> list[dict]:
-    """`count` different questions with people's answers; in the last GRADINGS of them somebody
-    asks for the grade of an answer."""
+    """`count` different questions with people's answers; in one of GRADING_EVERY somebody asks
+    for the grade of an answer instead."""
     rows = {}
     while len(rows) < count:
         prompt = make(rng)
         response = write_answer(rng, prompt, HUMAN)
-        if len(rows) >= count - GRADINGS:
+        if len(rows) % GRADING_EVERY == GRADING_EVERY - 1:
             answer = write_varied(rng, prompt, HUMAN)
             response = write_judgement(rng, prompt, answer, HUMAN)
             prompt = grading_prompt(prompt, answer)
         rows[prompt] = {"prompt": prompt, "response": response}
     return list(rows.values())
+
+
+def split_gradings(rows: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Rows of ift.jsonl: answers to questions, and grades of answers."""
+    beginning = JUDGE.partition("{")[0]
+    answers = [row for row in rows if not row["prompt"].startswith(beginning)]
+    return answers, [row for row in rows if row["prompt"].startswith(beginning)]
 
 
 def make_rows(seed: int) -> Tables:
@@ -647,16 +664,16 @@ def build_base(rows: Tables, make, out: Path, *, dim: int, steps: int, seed: int
 def describe(rows: Tables):
     """Counts, histograms and means, to compare with the README."""
     print("rows:", {name: len(table) for name, table in rows.items()})
-    for name in ("ift",):
-        points = [oracle.criteria(row["prompt"], row["response"]) for row in rows[name][:-GRADINGS]]
-        grades = [sum(criteria.values()) for criteria in points]
-        histogram = dict(sorted(Counter(grades).items()))
-        rates = {}
-        for criterion in oracle.CRITERIA:
-            count = sum(criteria[criterion] for criteria in points)
-            rates[criterion] = round(count / len(points), 2)
-        mean = sum(grades) / len(grades)
-        print(f"{name}: mean {mean:.2f}, scores {histogram}, true in {rates}")
+    answers, _ = split_gradings(rows["ift"])
+    points = [oracle.criteria(row["prompt"], row["response"]) for row in answers]
+    grades = [sum(criteria.values()) for criteria in points]
+    histogram = dict(sorted(Counter(grades).items()))
+    rates = {}
+    for criterion in oracle.CRITERIA:
+        count = sum(criteria[criterion] for criteria in points)
+        rates[criterion] = round(count / len(points), 2)
+    mean = sum(grades) / len(grades)
+    print(f"answers of ift: mean {mean:.2f}, scores {histogram}, true in {rates}")
 
 
 def main(out: Path, seed: int, rows_only: bool, dim: int, steps: int):
