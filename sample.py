@@ -24,10 +24,12 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -36,7 +38,7 @@ from model import Llama, Tokenizer, UserError, atomic_write, load, read_json, re
 
 # ---- one token -------------------------------------------------------------------------------
 
-TOP_K = 256  # most likely tokens among which top-p is looked for before all are sorted
+TOP_K = 256  # most likely tokens among which a CPU looks for top-p before it sorts all
 
 
 def fingerprint(*values) -> str:
@@ -68,15 +70,23 @@ def sample_token(logits, u, temperature: float, top_p: float):
 
 def top_p_filter(probs, top_p: float):
     """probs (B, V) with 0 for all tokens that top-p leaves out."""
-    top = probs
-    if not probs.is_cuda:  # on a CPU sorting is slow, and looking at a number costs nothing
-        top = probs.topk(min(TOP_K, probs.shape[-1])).values
-    if top is probs or (top.sum(-1) < top_p).any():
-        top = probs.sort(dim=-1, descending=True).values
+    top = probs if probs.is_cuda else most_likely(probs, TOP_K)
+    if top is probs or (top.sum(-1) < top_p).any():  # a look makes a GPU wait
+        top = most_likely(probs, probs.shape[-1])
     before = cumulative_sum(top) - top  # what is more likely than each token
     count = (before < top_p).sum(-1, keepdim=True).clamp(min=1)
     threshold = top.gather(-1, count - 1)  # (B, 1)
-    return probs.masked_fill(probs < threshold, 0)
+    return torch.where(probs < threshold, 0, probs)
+
+
+def most_likely(probs, count: int):
+    """The `count` highest of each row of probs (B, V), the highest first."""
+    if probs.is_cuda:
+        return probs.sort(dim=-1, descending=True).values[:, :count]
+    values = probs.numpy()  # numpy sorts many times as fast as PyTorch does
+    if count < values.shape[-1]:
+        values = np.partition(values, -count, axis=-1)[:, -count:]
+    return torch.from_numpy(np.sort(values, axis=-1)).flip(-1)
 
 
 def sample_from_cdf(weights, u):
@@ -105,8 +115,37 @@ def cumulative_sum(weights):
 PREFILL_TOKENS = 2048  # prompt tokens read at once: on a CPU more do not stay in its caches
 PREFILL_TOKENS_GPU = 8192
 MIN_COMMON_PREFIX = 16  # a beginning of as many tokens that all prompts share is held once
-WIDTH_STEP = 32  # keys are read up to a multiple of this
+WIDTH_STEP = 32  # rows of keys are made longer by as much
+ONEDNN_ROWS = 16  # of a product, from which on oneDNN is faster
 STEPS_PER_SYNC = 8  # decode steps on a GPU between two looks at the tokens, which wait for it
+
+
+@contextmanager
+def matmul_precision(precision: str):
+    """What oneDNN may round the factors of fp32 products to meanwhile, on a CPU."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@cache
+def onednn_keeps_fp32() -> bool:
+    """Whether oneDNN, allowed to round to bf16, does not: so on processors without AMX."""
+    a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+    exact = a.double() @ b.double()
+    with matmul_precision("bf16"):
+        return torch.allclose((a @ b).double(), exact, atol=1e-3)
+
+
+def fast_products(rows: int):
+    """PyTorch leaves fp32 products to oneDNN only where it may round, else to MKL. On processors
+    by AMD oneDNN is twice as fast, but for few rows."""
+    fast = rows >= ONEDNN_ROWS and onednn_keeps_fp32()
+    return matmul_precision("bf16") if fast else nullcontext()
 
 
 class Prefill:
@@ -115,7 +154,7 @@ class Prefill:
 
     def __init__(self, length: int, prefix: "KeyValues | None", device):
         self.prefix = prefix
-        self.start = prefix.capacity if prefix else 0
+        self.start = prefix.width if prefix else 0
         self.positions = torch.arange(self.start, self.start + length, device=device)[None]
         self.k, self.v = [], []  # of each layer, (B, K, T, hd)
         self.mask = None
@@ -144,21 +183,35 @@ def prefill(model: Llama, texts: list[list[int]], prefix: "KeyValues | None" = N
     last = torch.tensor([len(ids) - 1 for ids in texts], device=device)
     rows = torch.arange(len(texts), device=device)
     context = Prefill(tokens.shape[1], prefix, device)
-    logits = model(tokens, context, lambda hidden, lm_head: lm_head(hidden[rows, last]).float())
+    with fast_products(tokens.numel()):
+        logits = model(tokens, context, lambda x, lm_head: lm_head(x[rows, last]).float())
     return context, logits
 
 
 class KeyValues:
     """One level of the cache: keys and values of R rows in all layers, row r in columns 0 to
-    lengths[r]."""
+    lengths[r].
 
-    def __init__(self, like: Prefill, rows: int, capacity: int):
-        self.k = [t.new_zeros(rows, t.shape[1], capacity, t.shape[3]) for t in like.k]
-        self.v = [t.new_zeros(rows, t.shape[1], capacity, t.shape[3]) for t in like.v]
+    Rows have no more columns than are read (`resize`): oneDNN copies keys before a product where
+    rows lie apart.
+    """
+
+    def __init__(self, like: Prefill, rows: int):
+        self.k = [t.new_zeros(rows, t.shape[1], 0, t.shape[3]) for t in like.k]
+        self.v = [t.new_zeros(rows, t.shape[1], 0, t.shape[3]) for t in like.v]
         # an idle row holds one token of zeros, since a softmax over nothing is not a number
         self.lengths = torch.ones(rows, dtype=torch.long, device=self.k[0].device)  # (R,)
-        self.capacity = capacity
-        self.width = capacity  # columns that are read
+
+    @property
+    def width(self) -> int:
+        return self.k[0].shape[2]
+
+    def resize(self, width: int):
+        """Give all rows so many columns."""
+        if width != self.width:
+            for tensors in (self.k, self.v):
+                for layer, t in enumerate(tensors):
+                    tensors[layer] = F.pad(t, (0, 0, 0, width - t.shape[2]))
 
     def fill(self, rows: list[int], context: Prefill, lengths: list[int]):
         """Put what was read of some prompts into these rows."""
@@ -173,10 +226,6 @@ class KeyValues:
         self.v = [t[rows] for t in self.v]
         self.lengths = self.lengths[rows]
 
-    def read_up_to(self, length: int):
-        """The longest row that matters has this many tokens."""
-        self.width = min(self.capacity, -(-length // WIDTH_STEP) * WIDTH_STEP)
-
     def mask(self):
         """What is added to scores, (R * K, 1, width): -inf behind the end of a row."""
         columns = torch.arange(self.width, device=self.lengths.device)
@@ -190,8 +239,7 @@ class KeyValues:
         R = len(self.lengths)
         B, K, g, hd = q.shape
         queries = q.view(R, B // R, K, g, hd).transpose(1, 2).reshape(R * K, -1, hd)
-        keys = self.k[layer][:, :, : self.width].flatten(0, 1)  # (R * K, width, hd)
-        values = self.v[layer][:, :, : self.width].flatten(0, 1)
+        keys, values = self.k[layer].flatten(0, 1), self.v[layer].flatten(0, 1)  # (R * K, S, hd)
         out, lse = attention_with_lse(queries, keys, values, mask)
         out = out.view(R, K, B // R, g, hd).transpose(1, 2).reshape(B, K, g, hd)
         return out, lse.view(R, K, B // R, g, 1).transpose(1, 2).reshape(B, K, g, 1)
@@ -206,7 +254,7 @@ def attention_with_lse(q, k, v, mask):
     return weights.to(v.dtype) @ v, lse
 
 
-def merge_states(outputs: list, lses: list):
+def merge_states(outputs: tuple, lses: tuple):
     """Attention to several sets of keys -> attention to all of them."""
     if len(outputs) == 1:
         return outputs[0]
@@ -215,37 +263,50 @@ def merge_states(outputs: list, lses: list):
 
 
 class KVCache:
-    """What a decode step sees: the levels, the slots' own tokens first, to which it adds one."""
+    """All levels: the slots' own tokens, and those that several slots share."""
 
     def __init__(self, levels: list[KeyValues]):
         self.own, *self.shared = levels
         self.before = torch.zeros_like(self.own.lengths)  # (B,) tokens in the shared levels
-        self.slots = torch.arange(len(self.before), device=self.before.device)
+        self.shared_masks = [level.mask() for level in self.shared]
 
-    def prepare_step(self):
+    def set_widths(self, *widths: int):
+        """Columns that the first levels need from now on."""
+        for level, width in zip((self.own, *self.shared), widths, strict=False):
+            level.resize(width)
+        self.shared_masks = [level.mask() for level in self.shared]
+
+    def advance(self):
         """One token a slot is about to come; ended slots stay in their last column."""
-        self.columns = self.own.lengths.clamp(max=self.own.capacity - 1)  # (B,)
-        self.own.lengths = self.columns + 1
-        self.positions = (self.before + self.columns)[:, None]  # (B, 1)
-        self.masks = [level.mask() for level in (self.own, *self.shared)]
+        self.own.lengths.add_(1).clamp_(max=self.own.width)
+
+
+class DecodeStep:
+    """What the slots' newest tokens see: all levels, the slots' own tokens up to themselves."""
+
+    def __init__(self, cache: KVCache):
+        self.levels = [cache.own, *cache.shared]
+        self.masks = [cache.own.mask(), *cache.shared_masks]
+        self.columns = cache.own.lengths - 1  # (B,)
+        self.positions = (cache.before + self.columns)[:, None]  # (B, 1)
+        self.slots = torch.arange(len(self.columns), device=self.columns.device)
 
     def attend(self, layer: int, q, k, v):  # (B, H, 1, hd), (B, K, 1, hd) -> (B, H, 1, hd)
-        self.own.k[layer][self.slots, :, self.columns] = k[:, :, 0]
-        self.own.v[layer][self.slots, :, self.columns] = v[:, :, 0]
+        own = self.levels[0]
+        own.k[layer][self.slots, :, self.columns] = k[:, :, 0]
+        own.v[layer][self.slots, :, self.columns] = v[:, :, 0]
         B, K = k.shape[:2]
         queries = q.view(B, K, -1, q.shape[-1])  # (B, K, g, hd): heads that share keys
-        outputs, lses = [], []
-        for level, mask in zip((self.own, *self.shared), self.masks, strict=True):
-            out, lse = level.attend(layer, queries, mask)
-            outputs.append(out)
-            lses.append(lse)
-        return merge_states(outputs, lses).view(q.shape)
+        states = []
+        for level, mask in zip(self.levels, self.masks, strict=True):
+            states.append(level.attend(layer, queries, mask))
+        return merge_states(*zip(*states, strict=True)).view(q.shape)
 
 
 def decode(model: Llama, tokens, cache: KVCache):
     """The slots' newest tokens (B,) -> logits (B, V) of what follows them."""
-    cache.prepare_step()
-    return model(tokens[:, None], cache, lambda hidden, lm_head: lm_head(hidden[:, -1]).float())
+    step = DecodeStep(cache)
+    return model(tokens[:, None], step, lambda hidden, lm_head: lm_head(hidden[:, -1]).float())
 
 
 def common_prefix(prompts: list[list[int]]) -> list[int]:
@@ -315,25 +376,24 @@ class Scheduler:
         first, logits = prefill(model, [prefix_ids or prompts[0][:1]])
         longest = len(prompts[self.waiting[-1]]) - self.skip
         # a lone sample's prompt lies in front of its own tokens: one level less to merge
-        prompt_capacity = longest if n > 1 else 0
-        own_capacity = max_new if n > 1 else longest + max_new
+        self.capacities = [max_new, longest] if n > 1 else [longest + max_new]
         groups = min(max(1, batch // n), len(prompts))
-        groups = agree(affordable(groups, n * own_capacity + prompt_capacity, first))
+        groups = agree(affordable(groups, n * self.capacities[0] + longest * (n > 1), first))
 
-        levels = [KeyValues(first, groups * n, own_capacity)]
+        levels = [KeyValues(first, groups * n)]
         if n > 1:
-            levels.append(KeyValues(first, groups, prompt_capacity))
+            levels.append(KeyValues(first, groups))
         self.prompt_level = levels[-1]
         self.prefix = None
         if prefix_ids:
-            self.prefix = KeyValues(first, 1, self.skip)
+            self.prefix = KeyValues(first, 1)
+            self.prefix.resize(self.skip)
             self.prefix.fill([0], first, [self.skip])
             levels.append(self.prefix)
         self.cache = KVCache(levels)
         self.slots = [Sequence(-1, ended=True) for _ in range(groups * n)]
         self.logits = logits.new_zeros(groups * n, logits.shape[-1])  # of the next tokens
-        self.banned = logits.new_zeros(logits.shape[-1])  # ids that are no text are never drawn
-        self.banned[model.banned_ids] = float("-inf")
+        self.banned = torch.tensor(model.banned_ids, dtype=torch.long, device=logits.device)
         self.u = logits.new_zeros(groups * n, max_new)  # random numbers of all tokens
 
     def live_slots(self) -> list[int]:
@@ -368,6 +428,7 @@ class Scheduler:
         texts = [self.prompts[i][self.skip :] for i in numbers]
         lengths = [len(ids) for ids in texts]
         context, logits = prefill(self.model, texts, self.prefix)
+        self.prompt_level.resize(max(self.prompt_level.width, context.positions.shape[1]))
         self.prompt_level.fill(groups, context, lengths)
         slots = torch.tensor(self.slots_of(groups), device=self.logits.device)
         self.logits[slots] = logits.repeat_interleave(self.n, 0)
@@ -390,13 +451,14 @@ class Scheduler:
         if self.n > 1:
             self.prompt_level.select(rows[:: self.n] // self.n)
         self.cache.before = self.cache.before[rows]
-        self.cache.slots = torch.arange(len(slots), device=rows.device)
         self.logits, self.u = self.logits[rows], self.u[rows]
         self.slots = [self.slots[slot] for slot in slots]
 
     def decode(self):
         """New logits, behind the tokens that were drawn last."""
-        self.logits = decode(self.model, self.tokens.clamp(min=0), self.cache)
+        self.cache.advance()
+        with fast_products(len(self.slots)):
+            self.logits = decode(self.model, self.tokens.clamp(min=0), self.cache)
 
     def sample_steps(self, temperature: float, top_p: float) -> list[list[int]]:
         """The next tokens of all slots: those of one step, or on a GPU of several."""
@@ -410,17 +472,18 @@ class Scheduler:
             if step:
                 self.decode()
             u = self.u.gather(1, (columns + step).clamp(max=self.max_new - 1)).squeeze(1)
-            self.tokens = sample_token(self.logits + self.banned, u, temperature, top_p)
+            self.logits.index_fill_(1, self.banned, float("-inf"))  # what is no text
+            self.tokens = sample_token(self.logits, u, temperature, top_p)
             tokens.append(self.tokens)
         return torch.stack(tokens).tolist()
 
     def set_widths(self, num_tokens: int):
-        """Keys are read as far as the longest running prompt and own text reach."""
+        """Keys are kept as far as the longest running prompt and own text reach."""
         running = {self.slots[slot].number // self.n for slot in self.live_slots()}
         longest = max(len(self.prompts[i]) for i in running) - self.skip
-        self.cache.own.read_up_to(num_tokens if self.n > 1 else longest + num_tokens)
-        if self.n > 1:
-            self.prompt_level.read_up_to(longest)
+        lengths = [num_tokens, longest] if self.n > 1 else [longest + num_tokens]
+        widths = [-(-length // WIDTH_STEP) * WIDTH_STEP for length in lengths]
+        self.cache.set_widths(*map(min, widths, self.capacities))
 
     def run(self, stop: list[int], temperature: float, top_p: float):
         """(sample numbers, their next tokens), a step each."""
