@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +116,7 @@ PREFILL_TOKENS = 2048  # prompt tokens read at once: on a CPU more do not stay i
 PREFILL_TOKENS_GPU = 8192
 MIN_COMMON_PREFIX = 16  # a beginning of as many tokens that all prompts share is held once
 WIDTH_STEP = 32  # rows of keys are made longer by as much
+COMPILED_WIDTH = 128  # and where each length is compiled, from as many on to twice as many
 ONEDNN_ROWS = 16  # of a product, from which on oneDNN is faster
 STEPS_PER_SYNC = 8  # decode steps on a GPU between two looks at the tokens, which wait for it
 
@@ -309,10 +310,285 @@ def decode(model: Llama, tokens, cache: KVCache):
     return model(tokens[:, None], step, lambda hidden, lm_head: lm_head(hidden[:, -1]).float())
 
 
+@cache
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works here: it needs a C++ compiler, on a GPU Triton."""
+    try:
+        torch.compile(lambda x: x.exp() + 1)(torch.ones(8, device=device))
+    except RuntimeError as e:
+        reason = str(e).strip().split("\n")[0]
+        warnings.warn(f"decode steps take longer, torch.compile fails: {reason}", stacklevel=2)
+        return False
+    return True
+
+
+@lru_cache(maxsize=1)
+def compiled_decode(device: torch.device, slots: int, levels: int):
+    """`decode` by torch.compile, anew for each width of each level; on a GPU as a CUDA graph."""
+    torch.compiler.reset()  # PyTorch keeps few compilations of a function: those of other slots go
+    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    return torch.compile(decode, dynamic=False, mode=mode)
+
+
 def common_prefix(prompts: list[list[int]]) -> list[int]:
     """The ids that all prompts begin with; each prompt keeps a token of its own for its logits."""
     ids = os.path.commonprefix(prompts)  # works on lists of ids as it does on strings
     return ids[: min(map(len, prompts)) - 1]
+
+
+@dataclass
+class Sequence:
+    """A sample in a slot."""
+
+    number: int  # i * n + k: sample k of prompt i
+    num_generated: int = 0
+
+
+class Scheduler:
+    """Which sequences are in the slots: `generate_stream` with its state.
+
+    Prompts wait in a queue, the longest first. A group takes the next prompt when its last
+    sequence has ended; when the queue is empty, groups that have ended are dropped.
+    """
+
+    def __init__(
+        self, model: Llama, prompts, keys, n: int, max_new: int, batch: int, agree, compile=None
+    ):
+        self.model, self.prompts, self.keys = model, prompts, keys
+        self.n, self.max_new = n, max_new
+        self.waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the next last
+        prefix_ids = common_prefix(prompts)
+        if len(prefix_ids) < MIN_COMMON_PREFIX or len(prompts) * n == 1:
+            prefix_ids = []
+        self.skip = len(prefix_ids)
+        first, logits = prefill(model, [prefix_ids or prompts[0][:1]])
+        self.device = logits.device
+        compile = logits.is_cuda if compile is None else compile
+        self.compile = compile and can_compile(self.device)
+        longest = len(prompts[self.waiting[-1]]) - self.skip
+        # a lone sample's prompt lies in front of its own tokens: one level less to merge
+        self.capacities = [max_new, longest] if n > 1 else [longest + max_new]
+        if self.compile:
+            self.capacities = [self.round_up(length) for length in self.capacities]
+        groups = min(max(1, batch // n), len(prompts))
+        group_tokens = n * self.capacities[0] + sum(self.capacities[1:])
+        groups = agree(affordable(groups, group_tokens, first))
+
+        levels = [KeyValues(first, groups * n)]
+        if n > 1:
+            levels.append(KeyValues(first, groups))
+        self.prompt_level = levels[-1]
+        self.prefix = None
+        if prefix_ids:
+            self.prefix = KeyValues(first, 1)
+            self.prefix.resize(self.skip)
+            self.prefix.fill([0], first, [self.skip])
+            levels.append(self.prefix)
+        self.cache = KVCache(levels)
+        self.slots: list[Sequence | None] = [None] * (groups * n)
+        self.logits = logits.new_zeros(groups * n, logits.shape[-1])  # of the next tokens
+        self.banned = torch.tensor(model.banned_ids, dtype=torch.long, device=self.device)
+        self.u = logits.new_zeros(groups * n, max_new)  # random numbers of all tokens
+
+    def live_slots(self) -> list[int]:
+        return [slot for slot, sequence in enumerate(self.slots) if sequence]
+
+    def slots_of(self, groups: list[int]) -> list[int]:
+        return [group * self.n + k for group in groups for k in range(self.n)]
+
+    def schedule(self) -> bool:
+        """Free groups take waiting prompts, once it is worth the trouble; is anything running?"""
+        num_groups = len(self.slots) // self.n
+        busy = {slot // self.n for slot in self.live_slots()}
+        free = [group for group in range(num_groups) if group not in busy]
+        if self.waiting and 8 * len(free) >= num_groups:
+            self.admit(free)
+        elif not self.waiting and not self.compile and 4 * len(free) >= num_groups:
+            self.condense(sorted(busy))
+        return bool(self.live_slots())
+
+    def admit(self, free: list[int]):
+        """Read waiting prompts into free groups, about PREFILL_TOKENS at a time."""
+        most_tokens = PREFILL_TOKENS_GPU if self.logits.is_cuda else PREFILL_TOKENS
+        while free and self.waiting:
+            longest = len(self.prompts[self.waiting[-1]]) - self.skip
+            count = min(len(free), len(self.waiting), max(1, most_tokens // longest))
+            self.read_prompts(free[:count])
+            free = free[count:]
+
+    def read_prompts(self, groups: list[int]):
+        """The next waiting prompts move into these groups."""
+        numbers = [self.waiting.pop() for _ in groups]
+        texts = [self.prompts[i][self.skip :] for i in numbers]
+        lengths = [len(ids) for ids in texts]
+        context, logits = prefill(self.model, texts, self.prefix)
+        self.prompt_level.resize(max(self.prompt_level.width, *lengths))
+        self.prompt_level.fill(groups, context, lengths)
+        rows = self.slots_of(groups)
+        slots = torch.tensor(rows, device=self.device)
+        self.logits[slots] = logits.repeat_interleave(self.n, 0)
+        self.cache.before[slots] = self.skip
+        if self.n > 1:
+            prompt_lengths = torch.tensor(lengths, device=self.device)
+            self.cache.before[slots] += prompt_lengths.repeat_interleave(self.n)
+            self.cache.own.lengths[slots] = 0
+        samples = [(i, k) for i in numbers for k in range(self.n)]
+        for slot, (i, k) in zip(rows, samples, strict=True):
+            self.slots[slot] = Sequence(i * self.n + k)
+        u = [uniforms((*self.keys[i], k), self.max_new) for i, k in samples]
+        self.u[slots] = torch.stack(u).to(self.device)
+
+    def condense(self, groups: list[int]):
+        """Go on with these groups only."""
+        slots = self.slots_of(groups)
+        rows = torch.tensor(slots, dtype=torch.long, device=self.device)
+        self.cache.own.select(rows)
+        if self.n > 1:
+            self.prompt_level.select(rows[:: self.n] // self.n)
+        self.cache.before = self.cache.before[rows]
+        self.logits, self.u = self.logits[rows], self.u[rows]
+        self.slots = [self.slots[slot] for slot in slots]
+
+    def decode(self):
+        """New logits, behind the tokens that were drawn last."""
+        self.cache.advance()
+        step = decode
+        if self.compile:
+            torch.compiler.cudagraph_mark_step_begin()
+            step = compiled_decode(self.device, len(self.slots), 1 + len(self.cache.shared))
+        with fast_products(len(self.slots)):
+            self.logits.copy_(step(self.model, self.tokens.clamp(min=0), self.cache))
+
+    def sample_steps(self, temperature: float, top_p: float) -> list[list[int]]:
+        """The next tokens of all slots: those of one step, or on a GPU of several."""
+        counts = [sequence.num_generated if sequence else 0 for sequence in self.slots]
+        steps = min(STEPS_PER_SYNC if self.logits.is_cuda else 1, self.max_new - max(counts))
+        self.set_widths(max(counts) + steps)
+        columns = torch.tensor(counts, device=self.device)[:, None]  # (B, 1)
+        tokens = []
+        for step in range(steps):
+            if step:
+                self.decode()
+            u = self.u.gather(1, columns + step).squeeze(1)
+            self.logits.index_fill_(1, self.banned, float("-inf"))  # what is no text
+            self.tokens = sample_token(self.logits, u, temperature, top_p)
+            tokens.append(self.tokens)
+        return torch.stack(tokens).tolist()
+
+    def set_widths(self, num_tokens: int):
+        """Keys are kept as far as the longest running prompt and own text reach."""
+        running = {self.slots[slot].number // self.n for slot in self.live_slots()}
+        longest = max(len(self.prompts[i]) for i in running) - self.skip
+        lengths = [num_tokens, longest] if self.n > 1 else [longest + num_tokens]
+        self.cache.set_widths(*map(min, map(self.round_up, lengths), self.capacities))
+
+    def round_up(self, length: int) -> int:
+        """Rows change their width seldom, and where steps are compiled very seldom."""
+        if self.compile:
+            return max(COMPILED_WIDTH, 1 << (length - 1).bit_length())
+        return -(-length // WIDTH_STEP) * WIDTH_STEP
+
+    def run(self, stop: list[int], temperature: float, top_p: float):
+        """(sample numbers, their next tokens), a step each."""
+        while self.schedule():
+            for tokens in self.sample_steps(temperature, top_p):
+                live = self.live_slots()
+                numbers = [self.slots[slot].number for slot in live]
+                new_tokens = [tokens[slot] for slot in live]
+                if -1 in new_tokens:
+                    prompt = numbers[new_tokens.index(-1)] // self.n
+                    raise UserError(
+                        f"the model's logits are not finite after prompt {prompt}; "
+                        "its weights are damaged"
+                    )
+                yield numbers, new_tokens
+                for slot, token in zip(live, new_tokens, strict=True):
+                    self.slots[slot].num_generated += 1
+                    if token in stop or self.slots[slot].num_generated == self.max_new:
+                        self.slots[slot] = None
+            if self.live_slots():
+                self.decode()
+
+
+@torch.no_grad()  # also while the consumer of this generator is at work: restored at every yield
+def generate_stream(
+    model: Llama,
+    prompts: list[list[int]],
+    keys: list[tuple],
+    *,
+    stop: list[int],
+    max_new: int,
+    n: int = 1,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    batch: int = 256,
+    agree: Callable[[int], int] = int,
+    compile: bool | None = None,
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Decode n samples of every prompt, about `batch` side by side; yields (sample numbers, their
+    next tokens), a step each.
+
+    Number i * n + k is sample k of prompt i, whose random numbers depend on (*keys[i], k) alone.
+    A sample ends with a token of `stop`, or after max_new tokens without one. Where memory holds
+    fewer groups of n, agree(how many it holds) says how many: processes that share a model must
+    have equally many. compile: decode steps by torch.compile, as on a GPU without being told; on a
+    CPU it takes half a minute before a step of few texts is several times as fast. Raises
+    UserError for settings and prompts that cannot be sampled.
+    """
+    if not 0 < top_p <= 1 or not temperature >= 0 or min(max_new, n) < 1:
+        raise UserError(
+            f"temperature {temperature}, top-p {top_p}, max_new {max_new}, n {n}: needs a "
+            "temperature of 0 (greedy) or more, 0 < top-p <= 1, at least one token of one sample"
+        )
+    for i, ids in enumerate(prompts):
+        if len(ids) + max_new > model.cfg.max_len:
+            raise UserError(
+                f"prompt {i} has {len(ids)} tokens; with {max_new} new ones that is more than the "
+                f"context of {model.cfg.max_len}: shorten it or allow fewer new tokens"
+            )
+    if prompts:
+        scheduler = Scheduler(model, prompts, keys, n, max_new, batch, agree, compile)
+        yield from scheduler.run(stop, temperature, top_p)
+
+
+def generate(
+    model: Llama,
+    prompts: list[list[int]],
+    keys: list[tuple],
+    *,
+    stop: list[int],
+    max_new: int,
+    n: int = 1,
+    callback: Callable[[int, int], None] = lambda tokens, ended: None,
+    **settings,
+) -> list[list[list[int]]]:
+    """n samples of every prompt: n id lists each, prompt excluded, stop token included.
+
+    `settings` are those of generate_stream; callback(tokens, ended) hears of every step how many
+    tokens came and how many samples ended.
+    """
+    samples = [[] for _ in range(len(prompts) * n)]
+    steps = generate_stream(model, prompts, keys, stop=stop, max_new=max_new, n=n, **settings)
+    for numbers, tokens in steps:
+        num_ended = 0
+        for number, token in zip(numbers, tokens, strict=True):
+            samples[number].append(token)
+            num_ended += token in stop or len(samples[number]) == max_new
+        callback(len(numbers), num_ended)
+    return [samples[i : i + n] for i in range(0, len(samples), n)]
+
+
+# ---- memory ---------------------------------------------------------------------------------
+
+
+def affordable(groups: int, group_capacity: int, first: Prefill) -> int:
+    """As many groups of so many tokens as half of the free memory holds; at least one."""
+    token_bytes = sum(t.nbytes for t in first.k + first.v) / first.k[0].shape[2]
+    fit = int(free_memory(first.k[0].device) / 2 / (token_bytes * group_capacity))
+    fit = max(1, fit)
+    if fit < groups:
+        warnings.warn(f"memory holds keys of {fit} prompts, not of {groups}", stacklevel=5)
+    return min(fit, groups)
 
 
 def free_memory(device: torch.device) -> int:
@@ -347,238 +623,6 @@ def free_in_container() -> float:
                     left += int(re.search(r"inactive_file (\d+)", stat.read_text())[1])
                 free = min(free, left)
     return free
-
-
-@dataclass
-class Sequence:
-    """A sample in a slot."""
-
-    number: int  # i * n + k: sample k of prompt i
-    num_generated: int = 0
-    ended: bool = False
-
-
-class Scheduler:
-    """Which sequences are in the slots: `generate_stream` with its state.
-
-    Prompts wait in a queue, the longest first. A group takes the next prompt when its last
-    sequence has ended; when the queue is empty, groups that have ended are dropped.
-    """
-
-    def __init__(self, model: Llama, prompts, keys, n: int, max_new: int, batch: int, agree):
-        self.model, self.prompts, self.keys = model, prompts, keys
-        self.n, self.max_new = n, max_new
-        self.waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the next last
-        prefix_ids = common_prefix(prompts)
-        if len(prefix_ids) < MIN_COMMON_PREFIX or len(prompts) * n == 1:
-            prefix_ids = []
-        self.skip = len(prefix_ids)
-        first, logits = prefill(model, [prefix_ids or prompts[0][:1]])
-        longest = len(prompts[self.waiting[-1]]) - self.skip
-        # a lone sample's prompt lies in front of its own tokens: one level less to merge
-        self.capacities = [max_new, longest] if n > 1 else [longest + max_new]
-        groups = min(max(1, batch // n), len(prompts))
-        groups = agree(affordable(groups, n * self.capacities[0] + longest * (n > 1), first))
-
-        levels = [KeyValues(first, groups * n)]
-        if n > 1:
-            levels.append(KeyValues(first, groups))
-        self.prompt_level = levels[-1]
-        self.prefix = None
-        if prefix_ids:
-            self.prefix = KeyValues(first, 1)
-            self.prefix.resize(self.skip)
-            self.prefix.fill([0], first, [self.skip])
-            levels.append(self.prefix)
-        self.cache = KVCache(levels)
-        self.slots = [Sequence(-1, ended=True) for _ in range(groups * n)]
-        self.logits = logits.new_zeros(groups * n, logits.shape[-1])  # of the next tokens
-        self.banned = torch.tensor(model.banned_ids, dtype=torch.long, device=logits.device)
-        self.u = logits.new_zeros(groups * n, max_new)  # random numbers of all tokens
-
-    def live_slots(self) -> list[int]:
-        return [slot for slot, sequence in enumerate(self.slots) if not sequence.ended]
-
-    def slots_of(self, groups: list[int]) -> list[int]:
-        return [group * self.n + k for group in groups for k in range(self.n)]
-
-    def schedule(self) -> bool:
-        """Free groups take waiting prompts, once it is worth the trouble; is anything running?"""
-        num_groups = len(self.slots) // self.n
-        busy = {slot // self.n for slot in self.live_slots()}
-        free = [group for group in range(num_groups) if group not in busy]
-        if self.waiting and 8 * len(free) >= num_groups:
-            self.admit(free)
-        elif not self.waiting and 4 * len(free) >= num_groups:
-            self.condense(sorted(busy))
-        return bool(self.live_slots())
-
-    def admit(self, free: list[int]):
-        """Read waiting prompts into free groups, about PREFILL_TOKENS at a time."""
-        most_tokens = PREFILL_TOKENS_GPU if self.logits.is_cuda else PREFILL_TOKENS
-        while free and self.waiting:
-            longest = len(self.prompts[self.waiting[-1]]) - self.skip
-            count = min(len(free), len(self.waiting), max(1, most_tokens // longest))
-            self.read_prompts(free[:count])
-            free = free[count:]
-
-    def read_prompts(self, groups: list[int]):
-        """The next waiting prompts move into these groups."""
-        numbers = [self.waiting.pop() for _ in groups]
-        texts = [self.prompts[i][self.skip :] for i in numbers]
-        lengths = [len(ids) for ids in texts]
-        context, logits = prefill(self.model, texts, self.prefix)
-        self.prompt_level.resize(max(self.prompt_level.width, context.positions.shape[1]))
-        self.prompt_level.fill(groups, context, lengths)
-        slots = torch.tensor(self.slots_of(groups), device=self.logits.device)
-        self.logits[slots] = logits.repeat_interleave(self.n, 0)
-        self.cache.before[slots] = self.skip
-        if self.n > 1:
-            prompt_lengths = torch.tensor(lengths, device=slots.device)
-            self.cache.before[slots] += prompt_lengths.repeat_interleave(self.n)
-            self.cache.own.lengths[slots] = 0
-        for group, i in zip(groups, numbers, strict=True):
-            for k in range(self.n):
-                self.slots[group * self.n + k] = Sequence(i * self.n + k)
-        u = [uniforms((*self.keys[i], k), self.max_new) for i in numbers for k in range(self.n)]
-        self.u[slots] = torch.stack(u).to(self.u.device)
-
-    def condense(self, groups: list[int]):
-        """Go on with these groups only."""
-        slots = self.slots_of(groups)
-        rows = torch.tensor(slots, dtype=torch.long, device=self.logits.device)
-        self.cache.own.select(rows)
-        if self.n > 1:
-            self.prompt_level.select(rows[:: self.n] // self.n)
-        self.cache.before = self.cache.before[rows]
-        self.logits, self.u = self.logits[rows], self.u[rows]
-        self.slots = [self.slots[slot] for slot in slots]
-
-    def decode(self):
-        """New logits, behind the tokens that were drawn last."""
-        self.cache.advance()
-        with fast_products(len(self.slots)):
-            self.logits = decode(self.model, self.tokens.clamp(min=0), self.cache)
-
-    def sample_steps(self, temperature: float, top_p: float) -> list[list[int]]:
-        """The next tokens of all slots: those of one step, or on a GPU of several."""
-        most = max(self.slots[slot].num_generated for slot in self.live_slots())
-        steps = min(STEPS_PER_SYNC if self.logits.is_cuda else 1, self.max_new - most)
-        self.set_widths(most + steps)
-        counts = [sequence.num_generated for sequence in self.slots]
-        columns = torch.tensor(counts, device=self.u.device)[:, None]  # (B, 1)
-        tokens = []
-        for step in range(steps):
-            if step:
-                self.decode()
-            u = self.u.gather(1, (columns + step).clamp(max=self.max_new - 1)).squeeze(1)
-            self.logits.index_fill_(1, self.banned, float("-inf"))  # what is no text
-            self.tokens = sample_token(self.logits, u, temperature, top_p)
-            tokens.append(self.tokens)
-        return torch.stack(tokens).tolist()
-
-    def set_widths(self, num_tokens: int):
-        """Keys are kept as far as the longest running prompt and own text reach."""
-        running = {self.slots[slot].number // self.n for slot in self.live_slots()}
-        longest = max(len(self.prompts[i]) for i in running) - self.skip
-        lengths = [num_tokens, longest] if self.n > 1 else [longest + num_tokens]
-        widths = [-(-length // WIDTH_STEP) * WIDTH_STEP for length in lengths]
-        self.cache.set_widths(*map(min, widths, self.capacities))
-
-    def run(self, stop: list[int], temperature: float, top_p: float):
-        """(sample numbers, their next tokens), a step each."""
-        while self.schedule():
-            for tokens in self.sample_steps(temperature, top_p):
-                live = self.live_slots()
-                sequences = [self.slots[slot] for slot in live]
-                new_tokens = [tokens[slot] for slot in live]
-                if -1 in new_tokens:
-                    prompt = sequences[new_tokens.index(-1)].number // self.n
-                    raise UserError(
-                        f"the model's logits are not finite after prompt {prompt}; "
-                        "its weights are damaged"
-                    )
-                yield [sequence.number for sequence in sequences], new_tokens
-                for sequence, token in zip(sequences, new_tokens, strict=True):
-                    sequence.num_generated += 1
-                    sequence.ended = token in stop or sequence.num_generated == self.max_new
-            if self.live_slots():
-                self.decode()
-
-
-def affordable(groups: int, group_capacity: int, first: Prefill) -> int:
-    """As many groups of so many tokens as half of the free memory holds; at least one."""
-    token_bytes = sum(t.nbytes for t in first.k + first.v) / first.k[0].shape[2]
-    fit = int(free_memory(first.k[0].device) / 2 / (token_bytes * group_capacity))
-    fit = max(1, fit)
-    if fit < groups:
-        warnings.warn(f"memory holds keys of {fit} prompts, not of {groups}", stacklevel=5)
-    return min(fit, groups)
-
-
-@torch.no_grad()  # also while the consumer of this generator is at work: restored at every yield
-def generate_stream(
-    model: Llama,
-    prompts: list[list[int]],
-    keys: list[tuple],
-    *,
-    stop: list[int],
-    max_new: int,
-    n: int = 1,
-    temperature: float = 0.7,
-    top_p: float = 0.9,
-    batch: int = 256,
-    agree: Callable[[int], int] = int,
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Decode n samples of every prompt, about `batch` side by side; yields (sample numbers, their
-    next tokens), a step each.
-
-    Number i * n + k is sample k of prompt i, whose random numbers depend on (*keys[i], k) alone.
-    A sample ends with a token of `stop`, or after max_new tokens without one. Where memory holds
-    fewer groups of n, agree(how many it holds) says how many: processes that share a model must
-    have equally many. Raises UserError for settings and prompts that cannot be sampled.
-    """
-    if not 0 < top_p <= 1 or not temperature >= 0 or min(max_new, n) < 1:
-        raise UserError(
-            f"temperature {temperature}, top-p {top_p}, max_new {max_new}, n {n}: needs a "
-            "temperature of 0 (greedy) or more, 0 < top-p <= 1, at least one token of one sample"
-        )
-    for i, ids in enumerate(prompts):
-        if len(ids) + max_new > model.cfg.max_len:
-            raise UserError(
-                f"prompt {i} has {len(ids)} tokens; with {max_new} new ones that is more than the "
-                f"context of {model.cfg.max_len}: shorten it or allow fewer new tokens"
-            )
-    if prompts:
-        scheduler = Scheduler(model, prompts, keys, n, max_new, batch, agree)
-        yield from scheduler.run(stop, temperature, top_p)
-
-
-def generate(
-    model: Llama,
-    prompts: list[list[int]],
-    keys: list[tuple],
-    *,
-    stop: list[int],
-    max_new: int,
-    n: int = 1,
-    callback: Callable[[int, int], None] = lambda tokens, ended: None,
-    **settings,
-) -> list[list[list[int]]]:
-    """n samples of every prompt: n id lists each, prompt excluded, stop token included.
-
-    `settings` are those of generate_stream; callback(tokens, ended) hears of every step how many
-    tokens came and how many samples ended.
-    """
-    samples = [[] for _ in range(len(prompts) * n)]
-    steps = generate_stream(model, prompts, keys, stop=stop, max_new=max_new, n=n, **settings)
-    for numbers, tokens in steps:
-        num_ended = 0
-        for number, token in zip(numbers, tokens, strict=True):
-            samples[number].append(token)
-            num_ended += token in stop or len(samples[number]) == max_new
-        callback(len(numbers), num_ended)
-    return [samples[i : i + n] for i in range(0, len(samples), n)]
 
 
 # ---- N candidates for a prompt ---------------------------------------------------------------
