@@ -265,6 +265,7 @@ def write_varied(rng: Random, prompt: str, people: Rates) -> str:
     scale = rng.choice((0.0, 0.5, 1.0, 2.0))
     rates = {fault: rate * scale for fault, rate in people.items()}
     rates |= {"wrong": people["wrong"], "extra": rng.choice((0.2, 0.8))}
+    rates["drop"] /= 2  # what is left out is plain to see
     return write_answer(rng, prompt, rates)
 
 
@@ -346,7 +347,7 @@ def write_judgement(rng: Random, prompt: str, response: str, rates: Rates) -> st
             break
     num_covered = sum(isinstance(item, Fact) and item.role == "asked" for item in items)
     lengths = f"Covers {num_covered} of {oracle.num_asked(ask)}, sentences {len(items)}."
-    return f"{own} Given: {checks} {lengths} {' '.join(verdicts)}\nScore: {total}"
+    return f"I would say: {own} Given: {checks} {lengths} {' '.join(verdicts)}\nScore: {total}"
 
 
 def grading_prompt(prompt: str, response: str) -> str:
@@ -454,28 +455,9 @@ def make_document(rng: Random, make) -> str:
     prompt = make(rng)
     if kind == "forum":
         return f"Question: {prompt}\nAnswer: {write_answer(rng, prompt, CROWD)}"
-    response = rng.choice((jumble, write_varied))(rng, prompt, CROWD)
+    response = write_varied(rng, prompt, CROWD)
     review = write_judgement(rng, prompt, response, CROWD)
     return f"Question: {prompt}\nAnswer: {response}\n{review}"
-
-
-def jumble(rng: Random, prompt: str, people: Rates) -> str:
-    """Facts in any order, asked or not, of the animals or their twins: where a sentence stands
-    tells nothing of its part."""
-    animals, attrs = oracle.parse_prompt(prompt)
-    plan = []
-    for _ in range(rng.randint(1, 4)):
-        animal = rng.choice(animals)
-        if rng.random() < 0.2:
-            animal = TWINS[animal]
-        topic = (animal, rng.choice(attrs if rng.random() < 0.5 else ATTRS))
-        if topic not in plan:
-            plan.append(topic)
-    if rng.random() < people["repeat"]:
-        again = rng.randrange(len(plan))
-        plan.insert(again, plan[again])
-    beliefs = {topic: believe(rng, topic, people) for topic in plan}
-    return " ".join(write_facts(rng, plan, beliefs))
 
 
 def make_article(rng: Random, animal: str) -> str:
