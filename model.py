@@ -13,7 +13,6 @@ Shapes: B batch, T time, S keys, D width, H heads, K key/value heads, hd head si
 """
 
 import json
-import math
 import os
 import warnings
 from contextlib import contextmanager
@@ -735,12 +734,14 @@ def use_onednn(model: Llama):
 
 
 def onednn_linear(linear: nn.Linear, x):
-    *batch, T, _ = x.shape
-    if math.prod(batch) * T < MIN_ONEDNN_ROWS:
+    rows = x.flatten(0, -2)  # (n, in)
+    n = len(rows)
+    if n < MIN_ONEDNN_ROWS:
         return F.linear(x, linear.weight)
     # it compiles and keeps a product for every size, so sizes are made few
-    padded = F.pad(x, (0, 0, 0, -T % 128)).to_mkldnn()
-    return F.linear(padded, linear.weight).to_dense()[..., :T, :]
+    padded = F.pad(rows, (0, 0, 0, -n % 128)).to_mkldnn()
+    out = F.linear(padded, linear.weight).to_dense()[:n]
+    return out.view(*x.shape[:-1], linear.out_features)
 
 
 # ---- many processes: applied from outside, in place ------------------------------------------

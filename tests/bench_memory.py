@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo import PackedBatch, collate, preference_loss, sft_loss
 from model import Llama, ModelConfig, parallelize, unsharded
-from sample import KeyValues, prefill
+from sample import KeyValues, onednn_keeps_fp32, prefill
 from scripts.plan import SHAPES
 
 CONFIGS = SHAPES | {
@@ -102,6 +102,7 @@ def measure(
         net = Llama(shape)
     parallelize(net, mesh, dtype, activation_checkpointing)
     results = {}
+    onednn_keeps_fp32()  # asked before: it takes real numbers
     with FakeTensorMode(allow_non_fake_inputs=True):
         net.to_empty(device="cpu")
         if "sample" in cases:
