@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # target of a token that is not to be learned
 MAX_LOGITS = 1 << 24  # alive at once: 64 MB in fp32, whatever the batch
+# keys up to which plain products are faster than a CPU's fused attention in bf16: up to 4 times
+MAX_PLAIN_KEYS = 512
 
 
 # ---- examples -> batches ----------------------------------------------------------------------
@@ -143,7 +145,7 @@ class PackedBatch:
         if has_varlen_attention(q):
             return self.attend_varlen(q, k, v)
         if self.masks is None:
-            self.masks = [causal_mask(n, start, q.device) for n, _, start in self.segments]
+            self.masks = [causal_mask(n, start, q) for n, _, start in self.segments]
         qs, ks, vs = (t.split(self.lengths, dim=2) for t in (q, k, v))  # views of the segments
         outputs = []
         for i, (_, prefix_of, prefix_len) in enumerate(self.segments):
@@ -151,11 +153,7 @@ class PackedBatch:
             if prefix_len:
                 keys = torch.cat((ks[prefix_of][:, :, :prefix_len], keys), dim=2)
                 values = torch.cat((vs[prefix_of][:, :, :prefix_len], values), dim=2)
-            mask = self.masks[i]
-            out = F.scaled_dot_product_attention(
-                qs[i], keys, values, mask, is_causal=mask is None, enable_gqa=True
-            )
-            outputs.append(out.transpose(1, 2))
+            outputs.append(attend_segment(qs[i], keys, values, self.masks[i]).transpose(1, 2))
         return torch.cat(outputs, dim=1).transpose(1, 2)
 
     def attend_varlen(self, q, k, v):
@@ -193,13 +191,25 @@ class PackedBatch:
         return key_index, query_ends, key_ends, max(self.lengths), max(key_lengths)
 
 
-def causal_mask(length: int, prefix_len: int, device):
-    """(length, prefix_len + length), True where a token looks; None without a prefix, for which
-    the kernel needs no mask and is faster."""
-    if not prefix_len:
-        return None
-    ones = torch.ones(length, prefix_len + length, dtype=torch.bool, device=device)
-    return ones.tril(prefix_len)
+def causal_mask(length: int, prefix_len: int, q):
+    """(length, prefix_len + length) to add to scores, in the type of q: 0 where a token looks."""
+    mask = torch.full((length, prefix_len + length), -torch.inf, dtype=q.dtype, device=q.device)
+    return mask.triu(prefix_len + 1)
+
+
+def attend_segment(q, k, v, mask):
+    """Attention of one segment: q (1, H, T, hd), k and v (1, K, S, hd), mask (T, S) -> (1, H, T,
+    hd)."""
+    T, S = mask.shape
+    if q.is_cuda or q.dtype == torch.float32 or S > MAX_PLAIN_KEYS:
+        mask = None if T == S else mask  # without a prefix the kernel needs none and is faster
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, enable_gqa=True
+        )
+    group = q.shape[1] // k.shape[1]
+    k, v = (t[0].repeat_interleave(group, 0) for t in (k, v))  # (H, S, hd)
+    scores = torch.baddbmm(mask, q[0], k.mT, alpha=q.shape[-1] ** -0.5)  # (H, T, S)
+    return (scores.softmax(-1) @ v)[None]
 
 
 def has_varlen_attention(q) -> bool:

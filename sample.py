@@ -24,10 +24,12 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -36,7 +38,7 @@ from model import Llama, Tokenizer, UserError, atomic_write, load, read_json, re
 
 # ---- one token -------------------------------------------------------------------------------
 
-TOP_K = 256  # most likely tokens among which top-p is looked for before all are sorted
+TOP_K = 256  # most likely tokens among which a CPU looks for top-p before it sorts all
 
 
 def fingerprint(*values) -> str:
@@ -68,15 +70,23 @@ def sample_token(logits, u, temperature: float, top_p: float):
 
 def top_p_filter(probs, top_p: float):
     """probs (B, V) with 0 for all tokens that top-p leaves out."""
-    top = probs
-    if not probs.is_cuda:  # on a CPU sorting is slow, and looking at a number costs nothing
-        top = probs.topk(min(TOP_K, probs.shape[-1])).values
-    if top is probs or (top.sum(-1) < top_p).any():
-        top = probs.sort(dim=-1, descending=True).values
+    top = probs if probs.is_cuda else most_likely(probs, TOP_K)
+    if top is probs or (top.sum(-1) < top_p).any():  # a look makes a GPU wait
+        top = most_likely(probs, probs.shape[-1])
     before = cumulative_sum(top) - top  # what is more likely than each token
     count = (before < top_p).sum(-1, keepdim=True).clamp(min=1)
     threshold = top.gather(-1, count - 1)  # (B, 1)
-    return probs.masked_fill(probs < threshold, 0)
+    return torch.where(probs < threshold, 0, probs)
+
+
+def most_likely(probs, count: int):
+    """The `count` highest of each row of probs (B, V), the highest first."""
+    if probs.is_cuda:
+        return probs.sort(dim=-1, descending=True).values[:, :count]
+    values = probs.numpy()  # numpy sorts many times as fast as PyTorch does
+    if count < values.shape[-1]:
+        values = np.partition(values, -count, axis=-1)[:, -count:]
+    return torch.from_numpy(np.sort(values, axis=-1)).flip(-1)
 
 
 def sample_from_cdf(weights, u):
@@ -105,8 +115,38 @@ def cumulative_sum(weights):
 PREFILL_TOKENS = 2048  # prompt tokens read at once: on a CPU more do not stay in its caches
 PREFILL_TOKENS_GPU = 8192
 MIN_COMMON_PREFIX = 16  # a beginning of as many tokens that all prompts share is held once
-WIDTH_STEP = 32  # keys are read up to a multiple of this
+WIDTH_STEP = 32  # rows of keys are made longer by as much
+COMPILED_WIDTH = 128  # and where each length is compiled, from as many on to twice as many
+ONEDNN_ROWS = 16  # of a product, from which on oneDNN is faster
 STEPS_PER_SYNC = 8  # decode steps on a GPU between two looks at the tokens, which wait for it
+
+
+@contextmanager
+def matmul_precision(precision: str):
+    """What oneDNN may round the factors of fp32 products to meanwhile, on a CPU."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@cache
+def onednn_keeps_fp32() -> bool:
+    """Whether oneDNN, allowed to round to bf16, does not: so on processors without AMX."""
+    a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+    exact = a.double() @ b.double()
+    with matmul_precision("bf16"):
+        return torch.allclose((a @ b).double(), exact, atol=1e-3)
+
+
+def fast_products(rows: int):
+    """PyTorch leaves fp32 products to oneDNN only where it may round, else to MKL. On processors
+    by AMD oneDNN is twice as fast, but for few rows."""
+    fast = rows >= ONEDNN_ROWS and onednn_keeps_fp32()
+    return matmul_precision("bf16") if fast else nullcontext()
 
 
 class Prefill:
@@ -115,7 +155,7 @@ class Prefill:
 
     def __init__(self, length: int, prefix: "KeyValues | None", device):
         self.prefix = prefix
-        self.start = prefix.capacity if prefix else 0
+        self.start = prefix.width if prefix else 0
         self.positions = torch.arange(self.start, self.start + length, device=device)[None]
         self.k, self.v = [], []  # of each layer, (B, K, T, hd)
         self.mask = None
@@ -144,21 +184,35 @@ def prefill(model: Llama, texts: list[list[int]], prefix: "KeyValues | None" = N
     last = torch.tensor([len(ids) - 1 for ids in texts], device=device)
     rows = torch.arange(len(texts), device=device)
     context = Prefill(tokens.shape[1], prefix, device)
-    logits = model(tokens, context, lambda hidden, lm_head: lm_head(hidden[rows, last]).float())
+    with fast_products(tokens.numel()):
+        logits = model(tokens, context, lambda x, lm_head: lm_head(x[rows, last]).float())
     return context, logits
 
 
 class KeyValues:
     """One level of the cache: keys and values of R rows in all layers, row r in columns 0 to
-    lengths[r]."""
+    lengths[r].
 
-    def __init__(self, like: Prefill, rows: int, capacity: int):
-        self.k = [t.new_zeros(rows, t.shape[1], capacity, t.shape[3]) for t in like.k]
-        self.v = [t.new_zeros(rows, t.shape[1], capacity, t.shape[3]) for t in like.v]
+    Rows have no more columns than are read (`resize`): oneDNN copies keys before a product where
+    rows lie apart.
+    """
+
+    def __init__(self, like: Prefill, rows: int):
+        self.k = [t.new_zeros(rows, t.shape[1], 0, t.shape[3]) for t in like.k]
+        self.v = [t.new_zeros(rows, t.shape[1], 0, t.shape[3]) for t in like.v]
         # an idle row holds one token of zeros, since a softmax over nothing is not a number
         self.lengths = torch.ones(rows, dtype=torch.long, device=self.k[0].device)  # (R,)
-        self.capacity = capacity
-        self.width = capacity  # columns that are read
+
+    @property
+    def width(self) -> int:
+        return self.k[0].shape[2]
+
+    def resize(self, width: int):
+        """Give all rows so many columns."""
+        if width != self.width:
+            for tensors in (self.k, self.v):
+                for layer, t in enumerate(tensors):
+                    tensors[layer] = F.pad(t, (0, 0, 0, width - t.shape[2]))
 
     def fill(self, rows: list[int], context: Prefill, lengths: list[int]):
         """Put what was read of some prompts into these rows."""
@@ -173,10 +227,6 @@ class KeyValues:
         self.v = [t[rows] for t in self.v]
         self.lengths = self.lengths[rows]
 
-    def read_up_to(self, length: int):
-        """The longest row that matters has this many tokens."""
-        self.width = min(self.capacity, -(-length // WIDTH_STEP) * WIDTH_STEP)
-
     def mask(self):
         """What is added to scores, (R * K, 1, width): -inf behind the end of a row."""
         columns = torch.arange(self.width, device=self.lengths.device)
@@ -190,8 +240,7 @@ class KeyValues:
         R = len(self.lengths)
         B, K, g, hd = q.shape
         queries = q.view(R, B // R, K, g, hd).transpose(1, 2).reshape(R * K, -1, hd)
-        keys = self.k[layer][:, :, : self.width].flatten(0, 1)  # (R * K, width, hd)
-        values = self.v[layer][:, :, : self.width].flatten(0, 1)
+        keys, values = self.k[layer].flatten(0, 1), self.v[layer].flatten(0, 1)  # (R * K, S, hd)
         out, lse = attention_with_lse(queries, keys, values, mask)
         out = out.view(R, K, B // R, g, hd).transpose(1, 2).reshape(B, K, g, hd)
         return out, lse.view(R, K, B // R, g, 1).transpose(1, 2).reshape(B, K, g, 1)
@@ -206,7 +255,7 @@ def attention_with_lse(q, k, v, mask):
     return weights.to(v.dtype) @ v, lse
 
 
-def merge_states(outputs: list, lses: list):
+def merge_states(outputs: tuple, lses: tuple):
     """Attention to several sets of keys -> attention to all of them."""
     if len(outputs) == 1:
         return outputs[0]
@@ -215,43 +264,331 @@ def merge_states(outputs: list, lses: list):
 
 
 class KVCache:
-    """What a decode step sees: the levels, the slots' own tokens first, to which it adds one."""
+    """All levels: the slots' own tokens, and those that several slots share."""
 
     def __init__(self, levels: list[KeyValues]):
         self.own, *self.shared = levels
         self.before = torch.zeros_like(self.own.lengths)  # (B,) tokens in the shared levels
-        self.slots = torch.arange(len(self.before), device=self.before.device)
+        self.shared_masks = [level.mask() for level in self.shared]
 
-    def prepare_step(self):
+    def set_widths(self, *widths: int):
+        """Columns that the first levels need from now on."""
+        for level, width in zip((self.own, *self.shared), widths, strict=False):
+            level.resize(width)
+        self.shared_masks = [level.mask() for level in self.shared]
+
+    def advance(self):
         """One token a slot is about to come; ended slots stay in their last column."""
-        self.columns = self.own.lengths.clamp(max=self.own.capacity - 1)  # (B,)
-        self.own.lengths = self.columns + 1
-        self.positions = (self.before + self.columns)[:, None]  # (B, 1)
-        self.masks = [level.mask() for level in (self.own, *self.shared)]
+        self.own.lengths.add_(1).clamp_(max=self.own.width)
+
+
+class DecodeStep:
+    """What the slots' newest tokens see: all levels, the slots' own tokens up to themselves."""
+
+    def __init__(self, cache: KVCache):
+        self.levels = [cache.own, *cache.shared]
+        self.masks = [cache.own.mask(), *cache.shared_masks]
+        self.columns = cache.own.lengths - 1  # (B,)
+        self.positions = (cache.before + self.columns)[:, None]  # (B, 1)
+        self.slots = torch.arange(len(self.columns), device=self.columns.device)
 
     def attend(self, layer: int, q, k, v):  # (B, H, 1, hd), (B, K, 1, hd) -> (B, H, 1, hd)
-        self.own.k[layer][self.slots, :, self.columns] = k[:, :, 0]
-        self.own.v[layer][self.slots, :, self.columns] = v[:, :, 0]
+        own = self.levels[0]
+        own.k[layer][self.slots, :, self.columns] = k[:, :, 0]
+        own.v[layer][self.slots, :, self.columns] = v[:, :, 0]
         B, K = k.shape[:2]
         queries = q.view(B, K, -1, q.shape[-1])  # (B, K, g, hd): heads that share keys
-        outputs, lses = [], []
-        for level, mask in zip((self.own, *self.shared), self.masks, strict=True):
-            out, lse = level.attend(layer, queries, mask)
-            outputs.append(out)
-            lses.append(lse)
-        return merge_states(outputs, lses).view(q.shape)
+        states = []
+        for level, mask in zip(self.levels, self.masks, strict=True):
+            states.append(level.attend(layer, queries, mask))
+        return merge_states(*zip(*states, strict=True)).view(q.shape)
 
 
 def decode(model: Llama, tokens, cache: KVCache):
     """The slots' newest tokens (B,) -> logits (B, V) of what follows them."""
-    cache.prepare_step()
-    return model(tokens[:, None], cache, lambda hidden, lm_head: lm_head(hidden[:, -1]).float())
+    step = DecodeStep(cache)
+    return model(tokens[:, None], step, lambda hidden, lm_head: lm_head(hidden[:, -1]).float())
+
+
+@cache
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works here: it needs a C++ compiler, on a GPU Triton."""
+    try:
+        torch.compile(lambda x: x.exp() + 1)(torch.ones(8, device=device))
+    except RuntimeError as e:
+        reason = str(e).strip().split("\n")[0]
+        warnings.warn(f"decode steps take longer, torch.compile fails: {reason}", stacklevel=2)
+        return False
+    return True
+
+
+@lru_cache(maxsize=1)
+def compiled_decode(device: torch.device, slots: int, levels: int):
+    """`decode` by torch.compile, anew for each width of each level; on a GPU as a CUDA graph."""
+    torch.compiler.reset()  # PyTorch keeps few compilations of a function: those of other slots go
+    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    return torch.compile(decode, dynamic=False, mode=mode)
 
 
 def common_prefix(prompts: list[list[int]]) -> list[int]:
     """The ids that all prompts begin with; each prompt keeps a token of its own for its logits."""
     ids = os.path.commonprefix(prompts)  # works on lists of ids as it does on strings
     return ids[: min(map(len, prompts)) - 1]
+
+
+@dataclass
+class Sequence:
+    """A sample in a slot."""
+
+    number: int  # i * n + k: sample k of prompt i
+    num_generated: int = 0
+
+
+class Scheduler:
+    """Which sequences are in the slots: `generate_stream` with its state.
+
+    Prompts wait in a queue, the longest first. A group takes the next prompt when its last
+    sequence has ended; when the queue is empty, groups that have ended are dropped.
+    """
+
+    def __init__(
+        self, model: Llama, prompts, keys, n: int, max_new: int, batch: int, agree, compile=None
+    ):
+        self.model, self.prompts, self.keys = model, prompts, keys
+        self.n, self.max_new = n, max_new
+        self.waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the next last
+        prefix_ids = common_prefix(prompts)
+        if len(prefix_ids) < MIN_COMMON_PREFIX or len(prompts) * n == 1:
+            prefix_ids = []
+        self.skip = len(prefix_ids)
+        first, logits = prefill(model, [prefix_ids or prompts[0][:1]])
+        self.device = logits.device
+        compile = logits.is_cuda if compile is None else compile
+        self.compile = compile and can_compile(self.device)
+        longest = len(prompts[self.waiting[-1]]) - self.skip
+        # a lone sample's prompt lies in front of its own tokens: one level less to merge
+        self.capacities = [max_new, longest] if n > 1 else [longest + max_new]
+        if self.compile:
+            self.capacities = [self.round_up(length) for length in self.capacities]
+        groups = min(max(1, batch // n), len(prompts))
+        group_tokens = n * self.capacities[0] + sum(self.capacities[1:])
+        groups = agree(affordable(groups, group_tokens, first))
+
+        levels = [KeyValues(first, groups * n)]
+        if n > 1:
+            levels.append(KeyValues(first, groups))
+        self.prompt_level = levels[-1]
+        self.prefix = None
+        if prefix_ids:
+            self.prefix = KeyValues(first, 1)
+            self.prefix.resize(self.skip)
+            self.prefix.fill([0], first, [self.skip])
+            levels.append(self.prefix)
+        self.cache = KVCache(levels)
+        self.slots: list[Sequence | None] = [None] * (groups * n)
+        self.logits = logits.new_zeros(groups * n, logits.shape[-1])  # of the next tokens
+        self.banned = torch.tensor(model.banned_ids, dtype=torch.long, device=self.device)
+        self.u = logits.new_zeros(groups * n, max_new)  # random numbers of all tokens
+
+    def live_slots(self) -> list[int]:
+        return [slot for slot, sequence in enumerate(self.slots) if sequence]
+
+    def slots_of(self, groups: list[int]) -> list[int]:
+        return [group * self.n + k for group in groups for k in range(self.n)]
+
+    def schedule(self) -> bool:
+        """Free groups take waiting prompts, once it is worth the trouble; is anything running?"""
+        num_groups = len(self.slots) // self.n
+        busy = {slot // self.n for slot in self.live_slots()}
+        free = [group for group in range(num_groups) if group not in busy]
+        if self.waiting and 8 * len(free) >= num_groups:
+            self.admit(free)
+        elif not self.waiting and not self.compile and 4 * len(free) >= num_groups:
+            self.condense(sorted(busy))
+        return bool(self.live_slots())
+
+    def admit(self, free: list[int]):
+        """Read waiting prompts into free groups, about PREFILL_TOKENS at a time."""
+        most_tokens = PREFILL_TOKENS_GPU if self.logits.is_cuda else PREFILL_TOKENS
+        while free and self.waiting:
+            longest = len(self.prompts[self.waiting[-1]]) - self.skip
+            count = min(len(free), len(self.waiting), max(1, most_tokens // longest))
+            self.read_prompts(free[:count])
+            free = free[count:]
+
+    def read_prompts(self, groups: list[int]):
+        """The next waiting prompts move into these groups."""
+        numbers = [self.waiting.pop() for _ in groups]
+        texts = [self.prompts[i][self.skip :] for i in numbers]
+        lengths = [len(ids) for ids in texts]
+        context, logits = prefill(self.model, texts, self.prefix)
+        self.prompt_level.resize(max(self.prompt_level.width, *lengths))
+        self.prompt_level.fill(groups, context, lengths)
+        rows = self.slots_of(groups)
+        slots = torch.tensor(rows, device=self.device)
+        self.logits[slots] = logits.repeat_interleave(self.n, 0)
+        self.cache.before[slots] = self.skip
+        if self.n > 1:
+            prompt_lengths = torch.tensor(lengths, device=self.device)
+            self.cache.before[slots] += prompt_lengths.repeat_interleave(self.n)
+            self.cache.own.lengths[slots] = 0
+        samples = [(i, k) for i in numbers for k in range(self.n)]
+        for slot, (i, k) in zip(rows, samples, strict=True):
+            self.slots[slot] = Sequence(i * self.n + k)
+        u = [uniforms((*self.keys[i], k), self.max_new) for i, k in samples]
+        self.u[slots] = torch.stack(u).to(self.device)
+
+    def condense(self, groups: list[int]):
+        """Go on with these groups only."""
+        slots = self.slots_of(groups)
+        rows = torch.tensor(slots, dtype=torch.long, device=self.device)
+        self.cache.own.select(rows)
+        if self.n > 1:
+            self.prompt_level.select(rows[:: self.n] // self.n)
+        self.cache.before = self.cache.before[rows]
+        self.logits, self.u = self.logits[rows], self.u[rows]
+        self.slots = [self.slots[slot] for slot in slots]
+
+    def decode(self):
+        """New logits, behind the tokens that were drawn last."""
+        self.cache.advance()
+        step = decode
+        if self.compile:
+            torch.compiler.cudagraph_mark_step_begin()
+            step = compiled_decode(self.device, len(self.slots), 1 + len(self.cache.shared))
+        with fast_products(len(self.slots)):
+            self.logits.copy_(step(self.model, self.tokens.clamp(min=0), self.cache))
+
+    def sample_steps(self, temperature: float, top_p: float) -> list[list[int]]:
+        """The next tokens of all slots: those of one step, or on a GPU of several."""
+        counts = [sequence.num_generated if sequence else 0 for sequence in self.slots]
+        steps = min(STEPS_PER_SYNC if self.logits.is_cuda else 1, self.max_new - max(counts))
+        self.set_widths(max(counts) + steps)
+        columns = torch.tensor(counts, device=self.device)[:, None]  # (B, 1)
+        tokens = []
+        for step in range(steps):
+            if step:
+                self.decode()
+            u = self.u.gather(1, columns + step).squeeze(1)
+            self.logits.index_fill_(1, self.banned, float("-inf"))  # what is no text
+            self.tokens = sample_token(self.logits, u, temperature, top_p)
+            tokens.append(self.tokens)
+        return torch.stack(tokens).tolist()
+
+    def set_widths(self, num_tokens: int):
+        """Keys are kept as far as the longest running prompt and own text reach."""
+        running = {self.slots[slot].number // self.n for slot in self.live_slots()}
+        longest = max(len(self.prompts[i]) for i in running) - self.skip
+        lengths = [num_tokens, longest] if self.n > 1 else [longest + num_tokens]
+        self.cache.set_widths(*map(min, map(self.round_up, lengths), self.capacities))
+
+    def round_up(self, length: int) -> int:
+        """Rows change their width seldom, and where steps are compiled very seldom."""
+        if self.compile:
+            return max(COMPILED_WIDTH, 1 << (length - 1).bit_length())
+        return -(-length // WIDTH_STEP) * WIDTH_STEP
+
+    def run(self, stop: list[int], temperature: float, top_p: float):
+        """(sample numbers, their next tokens), a step each."""
+        while self.schedule():
+            for tokens in self.sample_steps(temperature, top_p):
+                live = self.live_slots()
+                numbers = [self.slots[slot].number for slot in live]
+                new_tokens = [tokens[slot] for slot in live]
+                if -1 in new_tokens:
+                    prompt = numbers[new_tokens.index(-1)] // self.n
+                    raise UserError(
+                        f"the model's logits are not finite after prompt {prompt}; "
+                        "its weights are damaged"
+                    )
+                yield numbers, new_tokens
+                for slot, token in zip(live, new_tokens, strict=True):
+                    self.slots[slot].num_generated += 1
+                    if token in stop or self.slots[slot].num_generated == self.max_new:
+                        self.slots[slot] = None
+            if self.live_slots():
+                self.decode()
+
+
+@torch.no_grad()  # also while the consumer of this generator is at work: restored at every yield
+def generate_stream(
+    model: Llama,
+    prompts: list[list[int]],
+    keys: list[tuple],
+    *,
+    stop: list[int],
+    max_new: int,
+    n: int = 1,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    batch: int = 256,
+    agree: Callable[[int], int] = int,
+    compile: bool | None = None,
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Decode n samples of every prompt, about `batch` side by side; yields (sample numbers, their
+    next tokens), a step each.
+
+    Number i * n + k is sample k of prompt i, whose random numbers depend on (*keys[i], k) alone.
+    A sample ends with a token of `stop`, or after max_new tokens without one. Where memory holds
+    fewer groups of n, agree(how many it holds) says how many: processes that share a model must
+    have equally many. compile: decode steps by torch.compile, as on a GPU without being told; on a
+    CPU it takes half a minute before a step of few texts is several times as fast. Raises
+    UserError for settings and prompts that cannot be sampled.
+    """
+    if not 0 < top_p <= 1 or not temperature >= 0 or min(max_new, n) < 1:
+        raise UserError(
+            f"temperature {temperature}, top-p {top_p}, max_new {max_new}, n {n}: needs a "
+            "temperature of 0 (greedy) or more, 0 < top-p <= 1, at least one token of one sample"
+        )
+    for i, ids in enumerate(prompts):
+        if len(ids) + max_new > model.cfg.max_len:
+            raise UserError(
+                f"prompt {i} has {len(ids)} tokens; with {max_new} new ones that is more than the "
+                f"context of {model.cfg.max_len}: shorten it or allow fewer new tokens"
+            )
+    if prompts:
+        scheduler = Scheduler(model, prompts, keys, n, max_new, batch, agree, compile)
+        yield from scheduler.run(stop, temperature, top_p)
+
+
+def generate(
+    model: Llama,
+    prompts: list[list[int]],
+    keys: list[tuple],
+    *,
+    stop: list[int],
+    max_new: int,
+    n: int = 1,
+    callback: Callable[[int, int], None] = lambda tokens, ended: None,
+    **settings,
+) -> list[list[list[int]]]:
+    """n samples of every prompt: n id lists each, prompt excluded, stop token included.
+
+    `settings` are those of generate_stream; callback(tokens, ended) hears of every step how many
+    tokens came and how many samples ended.
+    """
+    samples = [[] for _ in range(len(prompts) * n)]
+    steps = generate_stream(model, prompts, keys, stop=stop, max_new=max_new, n=n, **settings)
+    for numbers, tokens in steps:
+        num_ended = 0
+        for number, token in zip(numbers, tokens, strict=True):
+            samples[number].append(token)
+            num_ended += token in stop or len(samples[number]) == max_new
+        callback(len(numbers), num_ended)
+    return [samples[i : i + n] for i in range(0, len(samples), n)]
+
+
+# ---- memory ---------------------------------------------------------------------------------
+
+
+def affordable(groups: int, group_capacity: int, first: Prefill) -> int:
+    """As many groups of so many tokens as half of the free memory holds; at least one."""
+    token_bytes = sum(t.nbytes for t in first.k + first.v) / first.k[0].shape[2]
+    fit = int(free_memory(first.k[0].device) / 2 / (token_bytes * group_capacity))
+    fit = max(1, fit)
+    if fit < groups:
+        warnings.warn(f"memory holds keys of {fit} prompts, not of {groups}", stacklevel=5)
+    return min(fit, groups)
 
 
 def free_memory(device: torch.device) -> int:
@@ -286,236 +623,6 @@ def free_in_container() -> float:
                     left += int(re.search(r"inactive_file (\d+)", stat.read_text())[1])
                 free = min(free, left)
     return free
-
-
-@dataclass
-class Sequence:
-    """A sample in a slot."""
-
-    number: int  # i * n + k: sample k of prompt i
-    num_generated: int = 0
-    ended: bool = False
-
-
-class Scheduler:
-    """Which sequences are in the slots: `generate_stream` with its state.
-
-    Prompts wait in a queue, the longest first. A group takes the next prompt when its last
-    sequence has ended; when the queue is empty, groups that have ended are dropped.
-    """
-
-    def __init__(self, model: Llama, prompts, keys, n: int, max_new: int, batch: int, agree):
-        self.model, self.prompts, self.keys = model, prompts, keys
-        self.n, self.max_new = n, max_new
-        self.waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the next last
-        prefix_ids = common_prefix(prompts)
-        if len(prefix_ids) < MIN_COMMON_PREFIX or len(prompts) * n == 1:
-            prefix_ids = []
-        self.skip = len(prefix_ids)
-        first, logits = prefill(model, [prefix_ids or prompts[0][:1]])
-        longest = len(prompts[self.waiting[-1]]) - self.skip
-        # a lone sample's prompt lies in front of its own tokens: one level less to merge
-        prompt_capacity = longest if n > 1 else 0
-        own_capacity = max_new if n > 1 else longest + max_new
-        groups = min(max(1, batch // n), len(prompts))
-        groups = agree(affordable(groups, n * own_capacity + prompt_capacity, first))
-
-        levels = [KeyValues(first, groups * n, own_capacity)]
-        if n > 1:
-            levels.append(KeyValues(first, groups, prompt_capacity))
-        self.prompt_level = levels[-1]
-        self.prefix = None
-        if prefix_ids:
-            self.prefix = KeyValues(first, 1, self.skip)
-            self.prefix.fill([0], first, [self.skip])
-            levels.append(self.prefix)
-        self.cache = KVCache(levels)
-        self.slots = [Sequence(-1, ended=True) for _ in range(groups * n)]
-        self.logits = logits.new_zeros(groups * n, logits.shape[-1])  # of the next tokens
-        self.banned = logits.new_zeros(logits.shape[-1])  # ids that are no text are never drawn
-        self.banned[model.banned_ids] = float("-inf")
-        self.u = logits.new_zeros(groups * n, max_new)  # random numbers of all tokens
-
-    def live_slots(self) -> list[int]:
-        return [slot for slot, sequence in enumerate(self.slots) if not sequence.ended]
-
-    def slots_of(self, groups: list[int]) -> list[int]:
-        return [group * self.n + k for group in groups for k in range(self.n)]
-
-    def schedule(self) -> bool:
-        """Free groups take waiting prompts, once it is worth the trouble; is anything running?"""
-        num_groups = len(self.slots) // self.n
-        busy = {slot // self.n for slot in self.live_slots()}
-        free = [group for group in range(num_groups) if group not in busy]
-        if self.waiting and 8 * len(free) >= num_groups:
-            self.admit(free)
-        elif not self.waiting and 4 * len(free) >= num_groups:
-            self.condense(sorted(busy))
-        return bool(self.live_slots())
-
-    def admit(self, free: list[int]):
-        """Read waiting prompts into free groups, about PREFILL_TOKENS at a time."""
-        most_tokens = PREFILL_TOKENS_GPU if self.logits.is_cuda else PREFILL_TOKENS
-        while free and self.waiting:
-            longest = len(self.prompts[self.waiting[-1]]) - self.skip
-            count = min(len(free), len(self.waiting), max(1, most_tokens // longest))
-            self.read_prompts(free[:count])
-            free = free[count:]
-
-    def read_prompts(self, groups: list[int]):
-        """The next waiting prompts move into these groups."""
-        numbers = [self.waiting.pop() for _ in groups]
-        texts = [self.prompts[i][self.skip :] for i in numbers]
-        lengths = [len(ids) for ids in texts]
-        context, logits = prefill(self.model, texts, self.prefix)
-        self.prompt_level.fill(groups, context, lengths)
-        slots = torch.tensor(self.slots_of(groups), device=self.logits.device)
-        self.logits[slots] = logits.repeat_interleave(self.n, 0)
-        self.cache.before[slots] = self.skip
-        if self.n > 1:
-            prompt_lengths = torch.tensor(lengths, device=slots.device)
-            self.cache.before[slots] += prompt_lengths.repeat_interleave(self.n)
-            self.cache.own.lengths[slots] = 0
-        for group, i in zip(groups, numbers, strict=True):
-            for k in range(self.n):
-                self.slots[group * self.n + k] = Sequence(i * self.n + k)
-        u = [uniforms((*self.keys[i], k), self.max_new) for i in numbers for k in range(self.n)]
-        self.u[slots] = torch.stack(u).to(self.u.device)
-
-    def condense(self, groups: list[int]):
-        """Go on with these groups only."""
-        slots = self.slots_of(groups)
-        rows = torch.tensor(slots, dtype=torch.long, device=self.logits.device)
-        self.cache.own.select(rows)
-        if self.n > 1:
-            self.prompt_level.select(rows[:: self.n] // self.n)
-        self.cache.before = self.cache.before[rows]
-        self.cache.slots = torch.arange(len(slots), device=rows.device)
-        self.logits, self.u = self.logits[rows], self.u[rows]
-        self.slots = [self.slots[slot] for slot in slots]
-
-    def decode(self):
-        """New logits, behind the tokens that were drawn last."""
-        self.logits = decode(self.model, self.tokens.clamp(min=0), self.cache)
-
-    def sample_steps(self, temperature: float, top_p: float) -> list[list[int]]:
-        """The next tokens of all slots: those of one step, or on a GPU of several."""
-        most = max(self.slots[slot].num_generated for slot in self.live_slots())
-        steps = min(STEPS_PER_SYNC if self.logits.is_cuda else 1, self.max_new - most)
-        self.set_widths(most + steps)
-        counts = [sequence.num_generated for sequence in self.slots]
-        columns = torch.tensor(counts, device=self.u.device)[:, None]  # (B, 1)
-        tokens = []
-        for step in range(steps):
-            if step:
-                self.decode()
-            u = self.u.gather(1, (columns + step).clamp(max=self.max_new - 1)).squeeze(1)
-            self.tokens = sample_token(self.logits + self.banned, u, temperature, top_p)
-            tokens.append(self.tokens)
-        return torch.stack(tokens).tolist()
-
-    def set_widths(self, num_tokens: int):
-        """Keys are read as far as the longest running prompt and own text reach."""
-        running = {self.slots[slot].number // self.n for slot in self.live_slots()}
-        longest = max(len(self.prompts[i]) for i in running) - self.skip
-        self.cache.own.read_up_to(num_tokens if self.n > 1 else longest + num_tokens)
-        if self.n > 1:
-            self.prompt_level.read_up_to(longest)
-
-    def run(self, stop: list[int], temperature: float, top_p: float):
-        """(sample numbers, their next tokens), a step each."""
-        while self.schedule():
-            for tokens in self.sample_steps(temperature, top_p):
-                live = self.live_slots()
-                sequences = [self.slots[slot] for slot in live]
-                new_tokens = [tokens[slot] for slot in live]
-                if -1 in new_tokens:
-                    prompt = sequences[new_tokens.index(-1)].number // self.n
-                    raise UserError(
-                        f"the model's logits are not finite after prompt {prompt}; "
-                        "its weights are damaged"
-                    )
-                yield [sequence.number for sequence in sequences], new_tokens
-                for sequence, token in zip(sequences, new_tokens, strict=True):
-                    sequence.num_generated += 1
-                    sequence.ended = token in stop or sequence.num_generated == self.max_new
-            if self.live_slots():
-                self.decode()
-
-
-def affordable(groups: int, group_capacity: int, first: Prefill) -> int:
-    """As many groups of so many tokens as half of the free memory holds; at least one."""
-    token_bytes = sum(t.nbytes for t in first.k + first.v) / first.k[0].shape[2]
-    fit = int(free_memory(first.k[0].device) / 2 / (token_bytes * group_capacity))
-    fit = max(1, fit)
-    if fit < groups:
-        warnings.warn(f"memory holds keys of {fit} prompts, not of {groups}", stacklevel=5)
-    return min(fit, groups)
-
-
-@torch.no_grad()  # also while the consumer of this generator is at work: restored at every yield
-def generate_stream(
-    model: Llama,
-    prompts: list[list[int]],
-    keys: list[tuple],
-    *,
-    stop: list[int],
-    max_new: int,
-    n: int = 1,
-    temperature: float = 0.7,
-    top_p: float = 0.9,
-    batch: int = 256,
-    agree: Callable[[int], int] = int,
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Decode n samples of every prompt, about `batch` side by side; yields (sample numbers, their
-    next tokens), a step each.
-
-    Number i * n + k is sample k of prompt i, whose random numbers depend on (*keys[i], k) alone.
-    A sample ends with a token of `stop`, or after max_new tokens without one. Where memory holds
-    fewer groups of n, agree(how many it holds) says how many: processes that share a model must
-    have equally many. Raises UserError for settings and prompts that cannot be sampled.
-    """
-    if not 0 < top_p <= 1 or not temperature >= 0 or min(max_new, n) < 1:
-        raise UserError(
-            f"temperature {temperature}, top-p {top_p}, max_new {max_new}, n {n}: needs a "
-            "temperature of 0 (greedy) or more, 0 < top-p <= 1, at least one token of one sample"
-        )
-    for i, ids in enumerate(prompts):
-        if len(ids) + max_new > model.cfg.max_len:
-            raise UserError(
-                f"prompt {i} has {len(ids)} tokens; with {max_new} new ones that is more than the "
-                f"context of {model.cfg.max_len}: shorten it or allow fewer new tokens"
-            )
-    if prompts:
-        scheduler = Scheduler(model, prompts, keys, n, max_new, batch, agree)
-        yield from scheduler.run(stop, temperature, top_p)
-
-
-def generate(
-    model: Llama,
-    prompts: list[list[int]],
-    keys: list[tuple],
-    *,
-    stop: list[int],
-    max_new: int,
-    n: int = 1,
-    callback: Callable[[int, int], None] = lambda tokens, ended: None,
-    **settings,
-) -> list[list[list[int]]]:
-    """n samples of every prompt: n id lists each, prompt excluded, stop token included.
-
-    `settings` are those of generate_stream; callback(tokens, ended) hears of every step how many
-    tokens came and how many samples ended.
-    """
-    samples = [[] for _ in range(len(prompts) * n)]
-    steps = generate_stream(model, prompts, keys, stop=stop, max_new=max_new, n=n, **settings)
-    for numbers, tokens in steps:
-        num_ended = 0
-        for number, token in zip(numbers, tokens, strict=True):
-            samples[number].append(token)
-            num_ended += token in stop or len(samples[number]) == max_new
-        callback(len(numbers), num_ended)
-    return [samples[i : i + n] for i in range(0, len(samples), n)]
 
 
 # ---- N candidates for a prompt ---------------------------------------------------------------

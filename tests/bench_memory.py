@@ -152,7 +152,8 @@ def sample_texts(net, mesh, rows: int, length: int):
     net.set_reshard_after_forward(False)
     with unsharded(net, mesh):  # by net itself: the tracker counts by FSDP's hooks
         context, _ = prefill(net, [prompt] * rows)
-        cache = KeyValues(context, rows, length)
+        cache = KeyValues(context, rows)
+        cache.resize(length)
         cache.fill(list(range(rows)), context, [len(prompt)] * rows)
     net.set_reshard_after_forward(True)
 

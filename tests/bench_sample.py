@@ -1,8 +1,9 @@
-"""How fast text is made: our engine beside transformers' `generate`, and beside the limits of this
+"""How fast text is made: our engine beside transformers' `generate`, or beside the limits of this
 machine.
 
     python tests/bench_sample.py --only "tiny fp32" --repeats 5 --json rows.json
     python tests/bench_sample.py --first DIR            beside a checkout of the first edition, too
+    python tests/bench_sample.py --limits               beside a large copy and a large product
 
 All sides live in one process, on one thread, with the same random weights and prompts, and take
 turns; a row has the medians of --repeats runs, in sampled tokens a second of CPU time. The peer's
@@ -45,7 +46,8 @@ LOGITS_STD = 3  # as peaked as a trained model's, so that top-p has little to lo
 
 class Case(NamedTuple):
     """`count` prompts of `length` tokens, of which they share `common`; n samples of each, of
-    `new` tokens, or of lengths in `ends`; `batch` prompts side by side."""
+    `new` tokens, or of lengths in `ends`; `batch` prompts side by side; our steps compiled or
+    not."""
 
     name: str
     shape: str
@@ -57,6 +59,7 @@ class Case(NamedTuple):
     common: int = 0
     n: int = 1
     ends: tuple[int, int] | None = None
+    compile: bool = False
 
     def prompts(self) -> list[list[int]]:
         rng = random.Random(self.count)
@@ -68,6 +71,9 @@ class Case(NamedTuple):
         prefix = random_ids(self.common)
         return [prefix + random_ids(self.length - self.common) for _ in range(self.count)]
 
+    def work(self) -> dict:
+        return {"n": self.n, "batch": self.batch, "compile": self.compile}
+
     def lengths(self) -> list[int] | None:
         rng = random.Random(1)
         return [rng.randint(*self.ends) for _ in range(self.count)] if self.ends else None
@@ -78,6 +84,7 @@ def cases():
         for dtype in DTYPES:
             for count in (1, 16, 64):
                 yield Case(f"{shape} {dtype} B {count}", shape, dtype, count, batch=count)
+            yield Case(f"{shape} {dtype} B 1 compiled", shape, dtype, 1, batch=1, compile=True)
     for dtype in DTYPES:
         ragged = {"batch": 64, "ends": (16, 128)}
         yield Case(f"tiny {dtype} ragged 64", "tiny", dtype, 64, **ragged)
@@ -124,7 +131,9 @@ class Ours:
 
         return {"uniforms": uniforms, "sample_token": sample_token}
 
-    def run(self, prompts, new: int, *, n: int, batch: int, lengths=None) -> tuple[float, int]:
+    def run(
+        self, prompts, new: int, *, n: int, batch: int, lengths=None, compile=False
+    ) -> tuple[float, int]:
         keys = [(i,) for i in range(len(prompts))]
         planted = self.plant_ends(lengths) if lengths else {}
         originals = {name: getattr(self.engine, name) for name in planted}
@@ -140,6 +149,7 @@ class Ours:
                 max_new=new,
                 n=n,
                 batch=n * batch,
+                **({"compile": True} if compile and self.engine is sample else {}),
                 **SETTINGS,
             )
             seconds = time.process_time() - start
@@ -238,7 +248,9 @@ class Peer:
             seconds[self.cache] = min(runs)[0]
         self.cache = min(seconds, key=seconds.get)
 
-    def run(self, prompts, new: int, *, n: int, batch: int, lengths=None) -> tuple[float, int]:
+    def run(
+        self, prompts, new: int, *, n: int, batch: int, lengths=None, compile=False
+    ) -> tuple[float, int]:
         start, num_tokens = time.process_time(), 0
         for i in range(0, len(prompts), batch):
             ids = torch.tensor(prompts[i : i + batch])
@@ -289,7 +301,7 @@ def compare(case: Case, repeats: int, first: Path | None) -> Row:
         sides["first"] = FirstEdition(weights, dtype, first)
     sides["peer"].choose_cache(case)
     prompts = case.prompts()
-    work = {"n": case.n, "batch": case.batch}
+    work = case.work()
     for name in sides.keys() - {"peer"}:  # the peer is warm by now
         sides[name].run(prompts[: case.batch], case.new, **work)
     work["lengths"] = case.lengths()
@@ -314,37 +326,38 @@ def median_seconds(work: Callable, repeats: int) -> float:
 
 
 @torch.no_grad()
-def limits(shape: str, dtype: str, repeats: int):
-    """How near decoding (B 1) comes to a large copy's bytes a second, and prefill to a large
-    product's operations."""
-    ours = Ours(make_weights(shape), DTYPES[dtype])
+def limits(case: Case, repeats: int):
+    """What share of this machine a decode step makes use of: bytes a second of weights, keys and
+    values beside a large copy's, and operations a second beside a large product's."""
+    ours, dtype = Ours(make_weights(case.shape), DTYPES[case.dtype]), DTYPES[case.dtype]
     c = ours.model.cfg
-    embedding = c.vocab_size * c.dim  # of which decoding reads a row
-    num_weights = sum(p.numel() for p in ours.model.parameters()) - embedding
+    # of the embedding a step reads only rows
+    num_weights = sum(p.numel() for p in ours.model.parameters()) - c.vocab_size * c.dim
+    slots, ages = case.n * case.batch, case.new / 2  # own tokens of each slot, on average
+    num_keys = case.common + case.batch * (case.length - case.common) + slots * ages
+    num_bytes = (num_weights + 2 * c.layers * c.kv_heads * c.head_dim * num_keys) * dtype.itemsize
+    attention = 2 * 2 * c.layers * c.heads * c.head_dim * (case.length + ages)
+    operations = slots * (2 * num_weights + attention)
 
     source = torch.ones(1 << 26)  # 256 MB
     target = torch.empty_like(source)
     copy_rate = 2 * source.nbytes / median_seconds(lambda: target.copy_(source), repeats)
-    prompts, new = Case("", shape, dtype, count=1, batch=1).prompts(), 128
+    a, b = torch.randn(2, 2048, 2048).to(dtype)
+    with sample.fast_products(2048):
+        product_rate = 2 * 2048**3 / median_seconds(lambda: a @ b, repeats)
+    prompts, work = case.prompts(), case.work()
+    ours.run(prompts, case.new, **work)
     steps = []
     for _ in range(repeats):
-        one, _tokens = ours.run(prompts, 1, n=1, batch=1)
-        many, _tokens = ours.run(prompts, new + 1, n=1, batch=1)
-        steps.append((many - one) / new)
-    num_keys = 2 * c.layers * c.kv_heads * c.head_dim * (128 + new / 2)
-    rate = (num_weights + num_keys) * DTYPES[dtype].itemsize / statistics.median(steps)
-    yield Row(f"{shape} {dtype} decode", rate, copy_rate, None, "B/s", "B 1; a large copy")
-
-    a, b = torch.randn(2, 2048, 2048).to(DTYPES[dtype])
-    product_rate = 2 * 2048**3 / median_seconds(lambda: a @ b, repeats)
-    prompts = Case("", shape, dtype, count=16, batch=16, length=256).prompts()
-    seconds = statistics.median(ours.run(prompts, 1, n=1, batch=16)[0] for _ in range(repeats))
-    operations = 256 * 2 * (num_weights - embedding)  # in the layers
-    operations += 2 * embedding  # logits of the last token
-    operations += 2 * c.layers * c.dim * 256**2  # in attention
-    rate = 16 * operations / seconds
-    note = "16 x 256; a large product"
-    yield Row(f"{shape} {dtype} prefill", rate, product_rate, None, "FLOP/s", note)
+        one, _tokens = ours.run(prompts, 1, **work)
+        all_steps, _tokens = ours.run(prompts, case.new, **work)
+        steps.append((all_steps - one) / (case.new - 1))
+    step = statistics.median(steps)
+    note = f"a step of {1000 * step:.1f} ms; a large"
+    yield Row(f"{case.name}, bytes", num_bytes / step, copy_rate, None, "B/s", f"{note} copy")
+    yield Row(
+        f"{case.name}, work", operations / step, product_rate, None, "FLOP/s", f"{note} product"
+    )
 
 
 def main():
@@ -353,21 +366,21 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--first", type=Path, help="checkout of the first edition, a third side")
+    parser.add_argument("--limits", action="store_true", help="our steps beside this machine's")
     args = parser.parse_args()
     torch.set_num_threads(1)
     first_columns = f" {'first':>14} {'ratio':>7}" if args.first else ""
     print(f"{'case':34} {'ours':>14} {'peer':>14} {'ratio':>7}{first_columns}")
     rows = []
     for case in cases():
-        if args.only in case.name:
+        if not args.limits and args.only in case.name:
             rows.append(compare(case, args.repeats, args.first))
             rows[-1].show()
-    for shape in SHAPES:
-        for dtype in DTYPES:
-            if args.only in f"{shape} {dtype} limits":
-                for row in limits(shape, dtype, args.repeats):
-                    rows.append(row)
-                    row.show()
+    for case in cases():
+        if args.limits and args.only in case.name and not case.ends:
+            for row in limits(case, args.repeats):
+                rows.append(row)
+                row.show()
     if args.json:
         text = json.dumps([row.to_json() for row in rows], indent=1)
         args.json.write_text(text + "\n")

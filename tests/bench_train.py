@@ -39,8 +39,8 @@ import tokenizers
 import torch
 import transformers
 import trl
+from conftest import transformers_twin
 from transformers import (
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     PrinterCallback,
@@ -49,7 +49,7 @@ from transformers import (
 
 import train
 from dpo import IGNORE, collate, collate_pairs, num_tokens, preference_loss, sft_loss
-from model import Llama, ModelConfig, hf_name, parallelize
+from model import Llama, ModelConfig, parallelize
 
 EOS = 2
 LR = 1e-5
@@ -129,24 +129,9 @@ class Ours:
 
 
 def transformers_model(weights: Llama) -> LlamaForCausalLM:
-    """transformers' Llama with our weights."""
-    c = weights.cfg
-    config = LlamaConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.dim,
-        num_hidden_layers=c.layers,
-        num_attention_heads=c.heads,
-        num_key_value_heads=c.kv_heads,
-        intermediate_size=c.ffn,
-        max_position_embeddings=c.max_len,
-        rms_norm_eps=c.norm_eps,
-        bos_token_id=None,
-        eos_token_id=EOS,
-        pad_token_id=0,
-    )
-    peer = LlamaForCausalLM(config)
-    peer.load_state_dict({hf_name(name): p for name, p in weights.state_dict().items()})
-    return peer
+    """transformers' Llama with our weights and its default attention."""
+    settings = {"attn_implementation": "sdpa", "bos_token_id": None, "pad_token_id": 0}
+    return transformers_twin(weights, eos_token_id=EOS, **settings)
 
 
 class Plain:

@@ -77,11 +77,12 @@ def net(cfg) -> Llama:
     return random_net(cfg).eval()
 
 
-def transformers_twin(net: Llama):
+def transformers_twin(net: Llama, **settings):
     """transformers' Llama with the same weights, in eval mode."""
     from transformers import LlamaConfig, LlamaForCausalLM  # a second that most tests can save
 
     c = net.cfg
+    settings = {"attn_implementation": "eager", "bos_token_id": 1, "eos_token_id": 2} | settings
     config = LlamaConfig(
         vocab_size=c.vocab_size,
         hidden_size=c.dim,
@@ -93,9 +94,7 @@ def transformers_twin(net: Llama):
         rms_norm_eps=c.norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
         tie_word_embeddings=c.tie_embeddings,
-        attn_implementation="eager",
-        bos_token_id=1,
-        eos_token_id=2,
+        **settings,
     )
     twin = LlamaForCausalLM(config)
     state = {hf_name(name): p for name, p in net.state_dict().items()}

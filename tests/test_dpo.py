@@ -304,6 +304,28 @@ def test_both_ways_to_attend_are_those_of_the_definition(examples, pairs, monkey
             torch.testing.assert_close(batch.attend_varlen(*heads), want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("most_keys", [0, 20, 512])
+def test_in_bfloat16_short_segments_are_attended_to_by_products(
+    examples, pairs, monkeypatch, most_keys
+):
+    monkeypatch.setattr(dpo, "MAX_PLAIN_KEYS", most_keys)
+    products = []
+    baddbmm = torch.baddbmm
+
+    def watched(mask, *factors, alpha):
+        products.append(mask.shape[1])
+        return baddbmm(mask, *factors, alpha=alpha)
+
+    monkeypatch.setattr(torch, "baddbmm", watched)
+    _tokens, _targets, batch = collate([examples[3], *pairs, examples[2]])
+    heads = random_heads(batch)
+    want = attend_by_hand(batch, *heads)
+    out = batch.attend(0, *(t.bfloat16() for t in heads))
+    torch.testing.assert_close(out.float(), want, atol=0.03, rtol=0.03)
+    lengths = [length + prefix_len for length, _, prefix_len in batch.segments]
+    assert products == [length for length in lengths if length <= most_keys]
+
+
 def queries(is_cuda, dtype, head_dim=8):
     """As far as they must be known to choose a kernel."""
     return SimpleNamespace(is_cuda=is_cuda, dtype=dtype, shape=(1, 4, 9, head_dim), device="cuda")

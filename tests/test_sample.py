@@ -22,6 +22,7 @@ from scipy import stats
 import sample
 from model import ModelConfig, UserError, load, save
 from sample import (
+    DecodeStep,
     KeyValues,
     KVCache,
     Scheduler,
@@ -238,6 +239,7 @@ def test_several_steps_between_two_looks_at_the_tokens_change_nothing(nets, n, m
 
     monkeypatch.setattr(sample, "prefill", prefill_there)
     monkeypatch.setattr(sample, "decode", lambda *a: plain_decode(*a).as_subclass(OnGpu))
+    monkeypatch.setattr(sample, "can_compile", lambda device: False)
     monkeypatch.setattr(Scheduler, "sample_steps", count_steps)
     for batch in (2 * n, 4 * n, 100):
         assert generate(net, prompts, keys, batch=batch, **settings) == expected
@@ -410,7 +412,8 @@ def random_level(rows: int, kv_heads: int, lengths: list[int], capacity: int, dt
     k = torch.randn(shape, dtype=dtype)
     v = torch.randn(shape, dtype=dtype)
     texts = SimpleNamespace(k=[k], v=[v])
-    level = KeyValues(texts, rows, capacity)
+    level = KeyValues(texts, rows)
+    level.resize(capacity)
     level.fill(list(range(rows)), texts, lengths)
     return level
 
@@ -457,16 +460,16 @@ def test_attention_over_levels_is_attention_over_all_keys_at_once(levels, kv_hea
     lengths = [0, 39, *(rng.randint(0, 39) for _ in range(slots - 2))]
     cache = KVCache([random_level(slots, kv_heads, lengths, 40, dtype), *shared_levels])
     cache.before = torch.arange(100, 100 + slots)
-    for level in (cache.own, *cache.shared):
-        level.read_up_to(int(level.lengths.max()) + 1)
-    cache.prepare_step()
+    cache.set_widths(*(int(level.lengths.max()) + 1 for level in (cache.own, *cache.shared)))
+    cache.advance()
+    step = DecodeStep(cache)
     q = (torch.randn(slots, heads, 1, HEAD_DIM) * scale).to(dtype)
     k = torch.randn(slots, kv_heads, 1, HEAD_DIM, dtype=dtype)
     v = torch.randn(slots, kv_heads, 1, HEAD_DIM, dtype=dtype)
-    out = cache.attend(0, q, k, v)
+    out = step.attend(0, q, k, v)
 
     assert out.shape == q.shape and out.dtype == dtype
-    assert torch.equal(cache.positions[:, 0], cache.before + torch.tensor(lengths))
+    assert torch.equal(step.positions[:, 0], cache.before + torch.tensor(lengths))
     expected = []
     for slot in range(slots):
         per_level = [visible(level, slot, slots) for level in (*cache.shared, cache.own)]
@@ -479,15 +482,15 @@ def test_attention_over_levels_is_attention_over_all_keys_at_once(levels, kv_hea
     torch.testing.assert_close(out[:, :, 0].double(), torch.stack(expected), **tolerance)
 
 
-def test_columns_that_are_not_read_change_nothing():
+def test_columns_behind_the_longest_row_change_nothing():
     torch.manual_seed(0)
-    level = random_level(3, 2, [5, 30, 64], 200, torch.float32)
+    level = random_level(3, 2, [5, 30, 64], 100, torch.float32)
     q = torch.randn(6, 2, 2, HEAD_DIM)
     outputs = {}
-    for length in (64, 65, 200, 1000):
-        level.read_up_to(length)
-        outputs[level.width] = level.attend(0, q, level.mask())
-    assert list(outputs) == [64, 96, 200], "a multiple of the step, never more than there are"
+    for width in (100, 64, 200):  # as they are, cut off, new ones of zeros
+        level.resize(width)
+        assert {t.shape[2] for t in level.k + level.v} == {width}
+        outputs[width] = level.attend(0, q, level.mask())
     for out, lse in outputs.values():
         torch.testing.assert_close(out, outputs[200][0])
         torch.testing.assert_close(lse, outputs[200][1])
@@ -504,7 +507,8 @@ def test_prompts_read_side_by_side_give_the_logits_of_each_alone(nets, shape, pr
         prefix = None
         if ids:
             context, _ = prefill(net, [ids])
-            prefix = KeyValues(context, 1, prefix_length)
+            prefix = KeyValues(context, 1)
+            prefix.resize(prefix_length)
             prefix.fill([0], context, [prefix_length])
         context, logits = prefill(net, texts, prefix)
         alone = [net(torch.tensor([ids + text]))[0, -1] for text in texts]
@@ -530,7 +534,7 @@ def test_idle_and_ended_slots_change_no_token_of_another(nets, n, monkeypatch):
     num_garbled = Counter()
 
     def decode_with_garbage(scheduler):
-        ended = torch.tensor([sequence.ended for sequence in scheduler.slots])
+        ended = torch.tensor([sequence is None for sequence in scheduler.slots])
         random_tokens = torch.randint(VOCABULARY, ended.shape)
         scheduler.tokens = torch.where(ended, random_tokens, scheduler.tokens)
         levels = {"slots": (scheduler.cache.own, ended)}
@@ -721,9 +725,11 @@ def test_half_of_the_free_memory_bounds_the_samples_side_by_side(net, n, length,
     assert max(sizes) == 3 * n
     with torch.no_grad(), pytest.warns(UserWarning, match=message):
         scheduler = Scheduler(net, prompts, keys, n, 10, 256, int)
-    levels = {id(level): level for level in (scheduler.cache.own, scheduler.prompt_level)}
-    held = sum(t.nbytes for level in levels.values() for t in level.k + level.v)
-    assert held == room, "what is reckoned with is what is taken"
+        held = []
+        for _ in scheduler.run([], 1.0, 1.0):
+            levels = {id(level): level for level in (scheduler.cache.own, scheduler.prompt_level)}
+            held.append(sum(t.nbytes for level in levels.values() for t in level.k + level.v))
+    assert max(held) == room, "what is reckoned with is what is taken"
 
     monkeypatch.setattr(sample, "free_memory", lambda device: 2 * room - 2)
     with pytest.warns(UserWarning, match="memory holds keys of 2 prompts"):
