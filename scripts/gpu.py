@@ -12,7 +12,6 @@ Left out: several GPUs, real weights, quality.
 
 import argparse
 import copy
-import inspect
 import multiprocessing
 import re
 import shutil
@@ -41,6 +40,7 @@ from scripts import plan
 
 SMALL = ModelConfig(512, dim=128, layers=2, heads=4, kv_heads=2, ffn=256, max_len=512)
 SECONDS = 300  # of a part, or it counts as hanging
+STEP_KINDS = {"eager": {"compile": False}, "compiled": {"compile": True}}  # of a decode step
 NOT_HERE = "not on this machine"
 
 
@@ -202,7 +202,7 @@ def decode(setup: Setup):
     rates, model = measure_rates(setup), random_model(setup)
     prompt, new = setup.pick((256, 160), (16, 6))
     weights = sum(p.nbytes for p in model.parameters()) - model.embed_tokens.weight.nbytes
-    for kind, settings in step_kinds().items():
+    for kind, settings in STEP_KINDS.items():
         if kind == "compiled" and setup.device == "cpu":
             yield kind, NOT_HERE
             continue
@@ -215,13 +215,6 @@ def decode(setup: Setup):
             figures = {"ms": 1e3 * step, "tok/s": batch / step, "bandwidth %": 100 * share}
             parts = plan_of_sampling(model.cfg, batch, 1, prompt, new)
             yield f"B {batch}, {kind}", figures | peak_memory(setup, parts)
-
-
-def step_kinds() -> dict[str, dict]:
-    """How a decode step may run, and what sample.generate_stream is told for that."""
-    if "compile" not in inspect.signature(sample.generate_stream).parameters:
-        return {"eager": {}}
-    return {"eager": {"compile": False}, "compiled": {"compile": True}}
 
 
 def seconds_a_step(model: Llama, texts, new: int, **settings) -> float:
