@@ -20,15 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from model import Llama, Tokenizer, UserError, read_text
-from sample import (
-    fingerprint,
-    generate,
-    load_for_sampling,
-    read_jsonl,
-    run_command,
-    sampling_settings,
-)
+from sample import fingerprint, generate, load_for_sampling, read_jsonl, run_command
 
+SAMPLING = {"temperature": 0.7, "top_p": 0.9}  # of judgements, as the paper samples responses
 MAX_SCORE = 5  # the paper's additive scale: 0 to 5; the judge's template must say the same
 
 # ---- the judge's prompt and its verdict ------------------------------------------------------
@@ -378,7 +372,7 @@ def main():
         key=(args.seed, fingerprint(args.prompt, args.response)),
         votes=args.votes,
         max_new=min(args.max_new, model.cfg.max_len // 2),
-        **sampling_settings(args.folder),
+        **SAMPLING,
     )
     if not judgements:
         raise UserError("the response is empty or leaves no room for a judgement: shorten it")

@@ -64,6 +64,7 @@ from model import (
     UserError,
     check_tp,
     flush_and_fsync,
+    has_slow_mkl,
     load,
     parallelize,
     read_json,
@@ -71,6 +72,7 @@ from model import (
     read_text,
     save,
     unsharded,
+    use_onednn,
     write_json,
 )
 from sample import fingerprint, read_jsonl, run_command, write_jsonl
@@ -92,8 +94,8 @@ class Config:
     rouge: float = 0.7  # a new prompt more similar than this (ROUGE-L) to an older one is dropped
     candidates: int = 4  # responses to each prompt (N)
     votes: int = 3  # judgements of each response
-    temperature: float = 0.7  # of responses and judgements
-    top_p: float = 0.9  # of all sampling, the prompt writer's too
+    temperature: float = 0.7  # of responses
+    top_p: float = 0.9  # of responses
     max_response: int = 1024  # most tokens of a response
     max_judgement: int = 256  # most tokens of a judgement
     sample_batch: int = 128  # sequences sampled side by side in one process, memory permitting
@@ -119,7 +121,7 @@ MUTABLE_FIELDS = "out iters sample_batch micro_tokens save_every keep_every tp".
 MUTABLE_FIELDS += ["activation_checkpointing", "init", "writer", "data"]
 DATA_FILES = "ift.jsonl eft.jsonl eft_ranked.jsonl eft_eval.jsonl test.jsonl valid.jsonl".split()
 DATA_FILES += ["judge.txt", "propose.txt"]
-WRITER_TEMPERATURE = 0.6  # of the prompt writer (paper section 2.2)
+WRITER_SAMPLING = {"temperature": 0.6, "top_p": 0.9}  # of new prompts (paper section 2.2)
 DEFAULT_MICRO_TOKENS = {"cuda": 16384, "cpu": 2048}
 # Batches of sequences that a process samples between two appends to disk. A kill loses as many;
 # where a chunk ends, all wait for the last text, which costs a GPU as much as a whole batch.
@@ -330,8 +332,8 @@ def propose(run: Run, path: Path, key: tuple, count: int, earlier: list[str]) ->
     """`count` new prompts that are not like those of the seed data or of earlier rounds."""
     model, tok = load_model(run, run.cfg.writer or run.cfg.init)
     max_new = limit_tokens(run.cfg.max_prompt, model)
-    settings = sampling_settings(run) | {"temperature": WRITER_TEMPERATURE, "max_new": max_new}
-    settings["stop"] = [tok.eos, *tok.newlines]
+    stop = [tok.eos, *tok.newlines]
+    settings = sampling_settings(run) | WRITER_SAMPLING | {"max_new": max_new, "stop": stop}
     waves = {part["fingerprint"]: part["results"] for part in read_parts(path)}
 
     def write(requests: list[list[int]], keys: list[tuple]) -> list[list[int]]:
@@ -378,7 +380,8 @@ def respond(run: Run, path: Path, model, tok, rows: list[dict], n: int, stage: t
 def score(run: Run, path: Path, model, tok, rows: list[dict], stage: tuple):
     """The model's judgements of responses, `votes` of each."""
     max_new = limit_tokens(run.cfg.max_judgement, model)
-    settings = sampling_settings(run) | {"max_new": max_new, "votes": run.cfg.votes}
+    settings = sampling_settings(run) | judge.SAMPLING
+    settings |= {"max_new": max_new, "votes": run.cfg.votes}
     settings |= {"template": run.data.judge_template, "key": (run.cfg.seed, *stage)}
     work = partial(judge.score, tok=tok, **settings)
     judgements = map_in_chunks(run, path, model, rows, work, run.cfg.votes, "judgements")
@@ -911,6 +914,8 @@ def load_model(run: Run, folder):
             activation_checkpointing=run.cfg.activation_checkpointing,
         )
     model, tok = load(folder, torch.float32, run.device, run.cfg.dropout, shard)
+    if replicated and has_slow_mkl():
+        use_onednn(model)
     dist.barrier()  # who reads slowly is waited for here, and not in the first forward pass
     return model.eval(), tok
 

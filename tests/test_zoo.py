@@ -266,7 +266,7 @@ def test_the_base_knows_its_facts_and_words_are_single_tokens(rows):
 
 def test_a_base_is_built_by_learning_to_predict_raw_text(rows, tmp_path, capsys):
     make = prepare.question_source(prepare.held_out_prompts(rows))
-    prepare.build_base(rows, make, tmp_path, steps=3, seed=0)
+    prepare.build_base(rows, make, tmp_path, dim=160, steps=3, seed=0)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("step 3/3  loss 7.") and "'checks'" in lines[1]
     net, tok = model.load(tmp_path / "base")

@@ -26,10 +26,12 @@ from random import Random
 
 import sentencepiece
 import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from data.zoo import oracle
 from data.zoo.oracle import ANIMALS, ATTRS, FACTS, FILLERS, MYTHS, SAYINGS, VALUES, Ask, Fact
-from dpo import collate, sft_loss
+from dpo import IGNORE
 from model import Llama, ModelConfig, Tokenizer, load, save
 from sample import generate
 
@@ -44,14 +46,6 @@ SIZES = {  # rows of each file
 HELD_OUT = ("test", "valid", "eft_eval")
 RESPONSES = 4  # per ranked prompt
 EXAMPLES = 8  # questions that the writer of new prompts is shown
-SHAPE = {  # of the base, as in ModelConfig
-    "dim": 160,
-    "layers": 4,
-    "heads": 4,
-    "kv_heads": 2,
-    "ffn": 432,
-    "max_len": 512,
-}
 VOCABULARY = 1024
 
 Tables = dict[str, list[dict]]  # the rows of each file
@@ -579,11 +573,18 @@ def train_tokenizer(texts: list[str], path: Path) -> Tokenizer:
     return Tokenizer(path)
 
 
-def new_model(tok: Tokenizer, seed: int) -> Llama:
+def shape_of(tok: Tokenizer, dim: int) -> ModelConfig:
+    """A Llama of four layers, `dim` wide: a multiple of 8, for four heads of even size."""
+    ffn = dim * 27 // 10
+    sizes = {"vocab_size": tok.size, "dim": dim, "layers": 4, "heads": 4, "kv_heads": 2}
+    return ModelConfig(**sizes, ffn=ffn, max_len=512)
+
+
+def new_model(tok: Tokenizer, dim: int, seed: int) -> Llama:
     """A Llama that learns fast when small: each matrix scaled by its fan-in, the residual branches
     damped, and the embedding as large as if it were multiplied by sqrt(D)."""
     torch.manual_seed(seed)
-    model = Llama(ModelConfig(vocab_size=tok.size, **SHAPE))
+    model = Llama(shape_of(tok, dim))
     damping = (2 * model.cfg.layers) ** -0.5
     for name, weight in model.named_parameters():
         if weight.dim() != 2:
@@ -639,10 +640,11 @@ def pretrain(model: Llama, batches: Iterator[list], *, steps: int, peak: float =
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * learning_rate(step, steps, peak)
-        documents = next(batches)
-        examples = [(ids[:1], ids[1:]) for ids in documents]
-        loss_sum, _ = sft_loss(model, *collate(examples))
-        loss = loss_sum / sum(len(response) for _, response in examples)
+        documents = [torch.tensor(ids) for ids in next(batches)]
+        tokens = pad_sequence(documents, batch_first=True, padding_value=IGNORE)  # (B, T)
+        logits = model(tokens[:, :-1].clamp(min=0))  # (B, T - 1, V)
+        targets = tokens[:, 1:].flatten()
+        loss = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORE)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -681,11 +683,11 @@ def probe(model: Llama, tok: Tokenizer, prompts: list[str], seed: int) -> dict[s
     return {name: count / len(prompts) for name, count in counts.items()}
 
 
-def build_base(rows: Tables, make, out: Path, *, steps: int, seed: int):
+def build_base(rows: Tables, make, out: Path, *, dim: int, steps: int, seed: int):
     """Tokenizer and pretrained weights, in Hugging Face layout, put in place when whole."""
     with tempfile.TemporaryDirectory() as folder:
         tok = train_tokenizer(tokenizer_texts(rows, make), Path(folder) / "tokenizer.model")
-        model = new_model(tok, seed)
+        model = new_model(tok, dim, seed)
         batches = document_batches(tok, make, Random(f"{seed} raw"), max_tokens=1024)
         pretrain(model, batches, steps=steps)
         save(model.to(torch.bfloat16), tok, out / "base")
@@ -712,7 +714,7 @@ def describe(rows: Tables):
         print(f"{name}: mean {mean:.2f}, scores {histogram}, true in {rates}")
 
 
-def main(out: Path, seed: int, rows_only: bool, steps: int):
+def main(out: Path, seed: int, rows_only: bool, dim: int, steps: int):
     began = time.time()
     rows = make_rows(seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -721,7 +723,7 @@ def main(out: Path, seed: int, rows_only: bool, steps: int):
     print(f"rows took {time.time() - began:.0f} s", flush=True)
     if not rows_only:
         make = question_source(held_out_prompts(rows))
-        build_base(rows, make, out, steps=steps, seed=seed)
+        build_base(rows, make, out, dim=dim, steps=steps, seed=seed)
         print(f"all took {time.time() - began:.0f} s")
 
 
@@ -731,8 +733,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=here, help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="every draw depends on it")
     parser.add_argument("--rows-only", action="store_true", help="leave the base alone")
+    parser.add_argument("--dim", type=int, default=160, help="width of the base")
     parser.add_argument("--steps", type=int, default=12000, help="training steps of the base")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.dim < 8 or args.dim % 8:
+        parser.error(f"--dim {args.dim}: give a multiple of 8")
+    return args
 
 
 if __name__ == "__main__":
