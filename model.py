@@ -114,10 +114,10 @@ class Linear(nn.Linear):
         num_rows = x.numel() // self.in_features
         is_fp32 = x.dtype == torch.float32 and x.device.type == "cpu"
         if is_fp32 and num_rows >= MIN_ONEDNN_ROWS and has_slow_mkl():
-            T = x.shape[-2]
             # it compiles and keeps a product for every size, so sizes are made few
-            padded = F.pad(x, (0, 0, 0, -T % 128)).to_mkldnn()
-            return F.linear(padded, self.weight).to_dense()[..., :T, :]
+            padded = F.pad(x.flatten(0, -2), (0, 0, 0, -num_rows % 128)).to_mkldnn()
+            out = F.linear(padded, self.weight).to_dense()[:num_rows]
+            return out.view(*x.shape[:-1], self.out_features)
         return super().forward(x)
 
 

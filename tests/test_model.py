@@ -157,7 +157,7 @@ def test_products_by_onednn_leave_logits_and_gradients_as_they_are(cfg, monkeypa
     measure(min_rows=120, dtype=torch.bfloat16)
     assert not rows_converted
     by_onednn = measure(min_rows=120)
-    assert rows_converted == [3 * 128] * (7 * cfg.layers + 1)
+    assert rows_converted == [128] * (7 * cfg.layers + 1), "120 rows"
     for a, b in zip(by_onednn, plain, strict=True):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
