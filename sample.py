@@ -112,7 +112,7 @@ def cumulative_sum(weights):
 # logarithm of the sum of exp(scores), by which the levels are merged (cascade attention).
 # B slots = G groups * n, R rows of a level, of which each serves B / R consecutive slots.
 
-PREFILL_TOKENS = 2048  # prompt tokens read at once: on a CPU more do not stay in its caches
+PREFILL_TOKENS = 1024  # prompt tokens read at once: on a CPU more do not stay in its caches
 PREFILL_TOKENS_GPU = 8192
 MIN_COMMON_PREFIX = 16  # a beginning of as many tokens that all prompts share is held once
 WIDTH_STEP = 32  # rows of keys are made longer by as much
@@ -184,8 +184,7 @@ def prefill(model: Llama, texts: list[list[int]], prefix: "KeyValues | None" = N
     last = torch.tensor([len(ids) - 1 for ids in texts], device=device)
     rows = torch.arange(len(texts), device=device)
     context = Prefill(tokens.shape[1], prefix, device)
-    with fast_products(tokens.numel()):
-        logits = model(tokens, context, lambda x, lm_head: lm_head(x[rows, last]).float())
+    logits = model(tokens, context, lambda hidden, lm_head: lm_head(hidden[rows, last]).float())
     return context, logits
 
 
