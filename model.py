@@ -726,8 +726,10 @@ def has_slow_mkl() -> bool:
     return is_amd and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def use_onednn(model: Llama):
-    """Multiply many rows by oneDNN, in a model of fp32 on a CPU."""
+def use_fast_products(model: Llama):
+    """Where MKL is slow, a model of fp32 on a CPU multiplies many rows by oneDNN from now on."""
+    if not has_slow_mkl():
+        return
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.forward = partial(onednn_linear, module)

@@ -34,7 +34,16 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from model import Llama, Tokenizer, UserError, atomic_write, load, read_json, read_text
+from model import (
+    Llama,
+    Tokenizer,
+    UserError,
+    atomic_write,
+    load,
+    read_json,
+    read_text,
+    use_fast_products,
+)
 
 # ---- one token -------------------------------------------------------------------------------
 
@@ -865,6 +874,8 @@ def load_for_sampling(folder: str | os.PathLike) -> tuple[Llama, Tokenizer]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model, tok = load(folder, dtype, device)
+    if device == "cpu":
+        use_fast_products(model)
     return model.eval(), tok
 
 

@@ -64,7 +64,6 @@ from model import (
     UserError,
     check_tp,
     flush_and_fsync,
-    has_slow_mkl,
     load,
     parallelize,
     read_json,
@@ -72,7 +71,7 @@ from model import (
     read_text,
     save,
     unsharded,
-    use_onednn,
+    use_fast_products,
     write_json,
 )
 from sample import fingerprint, read_jsonl, run_command, write_jsonl
@@ -914,8 +913,8 @@ def load_model(run: Run, folder):
             activation_checkpointing=run.cfg.activation_checkpointing,
         )
     model, tok = load(folder, torch.float32, run.device, run.cfg.dropout, shard)
-    if replicated and has_slow_mkl():
-        use_onednn(model)
+    if replicated:
+        use_fast_products(model)
     dist.barrier()  # who reads slowly is waited for here, and not in the first forward pass
     return model.eval(), tok
 

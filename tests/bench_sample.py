@@ -29,7 +29,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
 import sample
-from model import Llama, ModelConfig, hf_name
+from model import Llama, ModelConfig, hf_name, use_fast_products
 
 SHAPES = {
     "tiny": ModelConfig(
@@ -110,6 +110,8 @@ class Ours:
         self.engine = sample
         self.model = Llama(weights.cfg).eval()
         self.copy_weights(weights, dtype)
+        if dtype == torch.float32:
+            use_fast_products(self.model)
 
     def copy_weights(self, weights: Llama, dtype: torch.dtype):
         self.model.load_state_dict(weights.state_dict())

@@ -148,11 +148,12 @@ def test_products_by_onednn_leave_logits_and_gradients_as_they_are(cfg, monkeypa
         net = random_net(cfg)
         if min_rows:
             monkeypatch.setattr(model_py, "MIN_ONEDNN_ROWS", min_rows)
-            model_py.use_onednn(net)
+            model_py.use_fast_products(net)
         logits = net(ids)
         logits.square().mean().backward()
         return [logits, *(p.grad for p in net.parameters())]
 
+    monkeypatch.setattr(model_py, "has_slow_mkl", lambda: True)
     monkeypatch.setattr(torch.Tensor, "to_mkldnn", watched)
     plain = measure()
     measure(min_rows=121)

@@ -1377,7 +1377,7 @@ EFFECTS = [  # a knob, another value, the first product that must change by it
     ("top_p", "0.5", "M2/candidates.jsonl"),
     ("max_response", "4", "M2/candidates.jsonl"),
     ("votes", "1", "M2/judgements.jsonl"),
-    ("max_judgement", "8", "M2/judgements.jsonl"),
+    ("max_judgement", "11", "M2/judgements.jsonl"),
     ("dpo_lr", "1e-4", "M2/model.safetensors"),
     ("dpo_epochs", "2", "M2/model.safetensors"),
     ("beta", "0.3", "M2/model.safetensors"),
