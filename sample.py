@@ -935,12 +935,15 @@ def main():
     parser.add_argument("--top-p", type=float, help="default: the run's own")
     parser.add_argument("--max-new", type=int, default=256, help="most tokens of a response")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="slow to start, then faster")
     args = parser.parse_args()
     model, tok = load_for_sampling(args.folder)
     settings = sampling_settings(args.folder) | {"max_new": args.max_new}
     for name in ("temperature", "top_p"):
         if getattr(args, name) is not None:
             settings[name] = getattr(args, name)
+    if args.compile:
+        settings["compile"] = True
     if args.prompt is not None:
         print_response(model, tok, [args.prompt], (args.seed, 0), **settings)
     else:
