@@ -726,7 +726,7 @@ def has_slow_mkl() -> bool:
     return is_amd and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def use_fast_products(model: Llama):
+def use_onednn_linear(model: Llama):
     """Where MKL is slow, a model of fp32 on a CPU multiplies many rows by oneDNN from now on."""
     if not has_slow_mkl():
         return

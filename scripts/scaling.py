@@ -120,11 +120,13 @@ def model_row(runs: list[dict], name: str, name_before: str | None) -> dict:
 
 def width_rows(dim: int, base: Path, runs: list[dict]) -> list[dict]:
     """A row of the table for each model that runs from this base have made."""
+    if not runs:
+        return []
+    shape, _ = read_shape(base)
+    size = {"dim": dim, "parameters": num_parameters(shape)[0]}
     rows = []
-    names = max((run["models"] for run in runs), key=len, default=[])
+    names = max((run["models"] for run in runs), key=len)
     for name, name_before in zip(names, [None, *names], strict=False):
-        shape, _ = read_shape(base)
-        size = {"dim": dim, "parameters": num_parameters(shape)[0]}
         finished_runs = [run for run in runs if name in run["models"]]
         rows.append(size | model_row(finished_runs, name, name_before))
     return rows

@@ -49,7 +49,7 @@ from transformers import (
 
 import train
 from dpo import IGNORE, collate, collate_pairs, num_tokens, preference_loss, sft_loss
-from model import Llama, ModelConfig, parallelize, use_fast_products
+from model import Llama, ModelConfig, parallelize, use_onednn_linear
 
 EOS = 2
 LR = 1e-5
@@ -92,7 +92,7 @@ class Ours:
         if dtype == "bf16":
             parallelize(self.model, MESH, DTYPES[dtype])
         else:
-            use_fast_products(self.model)
+            use_onednn_linear(self.model)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )

@@ -148,7 +148,7 @@ def test_products_by_onednn_leave_logits_and_gradients_as_they_are(cfg, monkeypa
         net = random_net(cfg)
         if min_rows:
             monkeypatch.setattr(model_py, "MIN_ONEDNN_ROWS", min_rows)
-            model_py.use_fast_products(net)
+            model_py.use_onednn_linear(net)
         logits = net(ids)
         logits.square().mean().backward()
         return [logits, *(p.grad for p in net.parameters())]

@@ -99,6 +99,12 @@ def random_ids(rng: random.Random, length: int) -> list[int]:
     return [rng.randrange(VOCABULARY) for _ in range(length)]
 
 
+def with_common_prefix(rng, count: int) -> list[list[int]]:
+    """Prompts of different lengths that begin alike."""
+    prefix = random_ids(rng, 20)
+    return [prefix + random_ids(rng, rng.randint(1, 30)) for _ in range(count)]
+
+
 def keys_of(prompts) -> list[tuple]:
     return [(i,) for i in range(len(prompts))]
 
@@ -190,8 +196,7 @@ def test_every_logit_is_that_of_a_forward_pass_over_the_whole_text(nets, n):
     """Not only the tokens that are drawn from them; groups are exchanged on the way."""
     net = nets["grouped"]
     rng = random.Random(n)
-    prefix = random_ids(rng, 20)
-    prompts = [prefix + random_ids(rng, rng.randint(1, 30)) for _ in range(7)]
+    prompts = with_common_prefix(rng, 7)
     texts = [list(prompt) for prompt in prompts for _ in range(n)]
     keys = keys_of(prompts)
     num_compared = 0
@@ -219,8 +224,7 @@ def test_several_steps_between_two_looks_at_the_tokens_change_nothing(nets, n, m
     """As on a GPU, whose tokens must be waited for: samples go on behind their end unseen."""
     net = nets["grouped"]
     rng = random.Random(n)
-    prefix = random_ids(rng, 20)
-    prompts = [prefix + random_ids(rng, rng.randint(1, 30)) for _ in range(9)]
+    prompts = with_common_prefix(rng, 9)
     keys = keys_of(prompts)
     settings = {"n": n, "max_new": 21, "stop": list(range(6)), "temperature": 1.0, "top_p": 0.9}
     expected = one_by_one(net, prompts, keys, **settings)
@@ -294,8 +298,7 @@ def compiled(monkeypatch):
 def test_compiled_steps_change_nothing_and_are_compiled_once_a_width(nets, n, compiled):
     net = nets["grouped"]
     rng = random.Random(n)
-    prefix = random_ids(rng, 20)
-    prompts = [prefix + random_ids(rng, rng.randint(1, 30)) for _ in range(7)]
+    prompts = with_common_prefix(rng, 7)
     keys = keys_of(prompts)
     settings = {"n": n, "max_new": 120, "stop": list(range(6)), "temperature": 1.0, "top_p": 0.9}
     expected = generate(net, prompts, keys, batch=3 * n, **settings)
@@ -329,9 +332,9 @@ def test_only_products_of_the_engine_may_be_rounded_and_none_is(net, monkeypatch
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
     monkeypatch.setattr(sample, "onednn_keeps_fp32", lambda: True)
-    with sample.fast_products(15):
+    with sample.onednn_products(15):
         assert matmul.fp32_precision == before, "too few rows"
-    with sample.fast_products(16):
+    with sample.onednn_products(16):
         assert matmul.fp32_precision == "bf16"
     prompts = [[1, 5 + i] for i in range(20)]
     for _ in generate_stream(net, prompts, keys_of(prompts), stop=[], max_new=3):

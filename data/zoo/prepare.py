@@ -575,9 +575,15 @@ def train_tokenizer(texts: list[str], path: Path) -> Tokenizer:
 
 def shape_of(tok: Tokenizer, dim: int) -> ModelConfig:
     """A Llama of four layers, `dim` wide: a multiple of 8, for four heads of even size."""
-    ffn = dim * 27 // 10
-    sizes = {"vocab_size": tok.size, "dim": dim, "layers": 4, "heads": 4, "kv_heads": 2}
-    return ModelConfig(**sizes, ffn=ffn, max_len=512)
+    return ModelConfig(
+        vocab_size=tok.size,
+        dim=dim,
+        layers=4,
+        heads=4,
+        kv_heads=2,
+        ffn=dim * 27 // 10,
+        max_len=512,
+    )
 
 
 def new_model(tok: Tokenizer, dim: int, seed: int) -> Llama:
