@@ -4,7 +4,7 @@ OUT    ?= runs/zoo
 ARGS   ?=
 NEED   := "Python 3.11 or newer is needed; name one: make PYTHON=python3.11"
 
-.PHONY: help setup run test lint format bench bench-train gpu kills reproduce ablations zoo clean
+.PHONY: help setup run test lint format bench bench-train gpu kills reproduce ablations scaling zoo clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,9 @@ reproduce: .venv/report  ## seeds 0, 1 and 2 of the default run, each with its r
 
 ablations: .venv/report  ## the method without each of its parts, three seeds, one table: two hours (ARGS="--workers 8")
 	$(BIN)/python -m scripts.ablate $(ARGS)
+
+scaling: .venv/report  ## bases of three sizes, five iterations, three seeds, one table and figure: many hours (ARGS="--workers 8")
+	$(BIN)/python -m scripts.scaling $(ARGS)
 
 zoo: .venv/report  ## make the zoo's rows and its pretrained base again, from a seed; half an hour
 	$(BIN)/python -m data.zoo.prepare $(ARGS)

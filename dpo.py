@@ -191,18 +191,24 @@ class PackedBatch:
         return key_index, query_ends, key_ends, max(self.lengths), max(key_lengths)
 
 
+def has_slow_kernel(q, num_keys: int) -> bool:
+    """Fused attention on a CPU, in bf16, to few keys."""
+    return not q.is_cuda and q.dtype != torch.float32 and num_keys <= MAX_PLAIN_KEYS
+
+
 def causal_mask(length: int, prefix_len: int, q):
-    """(length, prefix_len + length) to add to scores, in the type of q: 0 where a token looks."""
+    """(length, prefix_len + length) to add to scores, in the type of q: 0 where a token looks.
+    None where the kernel takes a segment without a prefix: it needs no mask and is faster."""
+    if not prefix_len and not has_slow_kernel(q, length):
+        return None
     mask = torch.full((length, prefix_len + length), -torch.inf, dtype=q.dtype, device=q.device)
     return mask.triu(prefix_len + 1)
 
 
 def attend_segment(q, k, v, mask):
-    """Attention of one segment: q (1, H, T, hd), k and v (1, K, S, hd), mask (T, S) -> (1, H, T,
-    hd)."""
-    T, S = mask.shape
-    if q.is_cuda or q.dtype == torch.float32 or S > MAX_PLAIN_KEYS:
-        mask = None if T == S else mask  # without a prefix the kernel needs none and is faster
+    """Attention of one segment: q (1, H, T, hd), k and v (1, K, S, hd), the `causal_mask` (T, S)
+    -> (1, H, T, hd)."""
+    if not has_slow_kernel(q, k.shape[2]):
         return F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=mask is None, enable_gqa=True
         )

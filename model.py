@@ -34,8 +34,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-MIN_ONEDNN_ROWS = 512  # with fewer, copies to its layout cost what the faster product saves
-
 # cuDNN's attention makes a plan for every new shape of prompts, half a second each.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -99,28 +97,6 @@ def rotate(x, cos, sin):
     return torch.addcmul(wide * cos, partner, sin).type_as(x)
 
 
-@cache
-def has_slow_mkl() -> bool:
-    """On AMD processors MKL, by which PyTorch multiplies, uses half the width of AVX-512."""
-    path = Path("/proc/cpuinfo")
-    is_amd = path.exists() and "AuthenticAMD" in path.read_text()
-    return is_amd and torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
-class Linear(nn.Linear):
-    """Many rows in fp32 are multiplied by oneDNN where MKL is slow."""
-
-    def forward(self, x):
-        num_rows = x.numel() // self.in_features
-        is_fp32 = x.dtype == torch.float32 and x.device.type == "cpu"
-        if is_fp32 and num_rows >= MIN_ONEDNN_ROWS and has_slow_mkl():
-            T = x.shape[-2]
-            # it compiles and keeps a product for every size, so sizes are made few
-            padded = F.pad(x, (0, 0, 0, -T % 128)).to_mkldnn()
-            return F.linear(padded, self.weight).to_dense()[..., :T, :]
-        return super().forward(x)
-
-
 class CausalContext:
     """What tokens see in B texts of equal length: themselves and those before them."""
 
@@ -137,10 +113,10 @@ class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.head_dim = cfg.head_dim
-        self.q_proj = Linear(cfg.dim, cfg.heads * cfg.head_dim, bias=False)
-        self.k_proj = Linear(cfg.dim, cfg.kv_heads * cfg.head_dim, bias=False)
-        self.v_proj = Linear(cfg.dim, cfg.kv_heads * cfg.head_dim, bias=False)
-        self.o_proj = Linear(cfg.heads * cfg.head_dim, cfg.dim, bias=False)
+        self.q_proj = nn.Linear(cfg.dim, cfg.heads * cfg.head_dim, bias=False)
+        self.k_proj = nn.Linear(cfg.dim, cfg.kv_heads * cfg.head_dim, bias=False)
+        self.v_proj = nn.Linear(cfg.dim, cfg.kv_heads * cfg.head_dim, bias=False)
+        self.o_proj = nn.Linear(cfg.heads * cfg.head_dim, cfg.dim, bias=False)
 
     def forward(self, x, rope, context, layer: int):  # (B, T, D) -> (B, T, D)
         B, T, _ = x.shape
@@ -156,9 +132,9 @@ class MLP(nn.Module):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.gate_proj = Linear(cfg.dim, cfg.ffn, bias=False)
-        self.up_proj = Linear(cfg.dim, cfg.ffn, bias=False)
-        self.down_proj = Linear(cfg.ffn, cfg.dim, bias=False)
+        self.gate_proj = nn.Linear(cfg.dim, cfg.ffn, bias=False)
+        self.up_proj = nn.Linear(cfg.dim, cfg.ffn, bias=False)
+        self.down_proj = nn.Linear(cfg.ffn, cfg.dim, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -189,7 +165,7 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.layers = nn.ModuleList(Block(cfg, dropout) for _ in range(cfg.layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.lm_head = Linear(cfg.dim, cfg.vocab_size, bias=False)
+        self.lm_head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         for p in self.parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -736,6 +712,38 @@ def tokenizer_json(tok: Tokenizer) -> dict:
             if piece[:cut] in scores and piece[cut:] in scores:
                 merges.append([piece[:cut], piece[cut:]])
     return d
+
+
+# ---- faster products on AMD processors: applied from outside, in place -----------------------
+
+MIN_ONEDNN_ROWS = 512  # with fewer, copies to its layout cost what the faster product saves
+
+
+def has_slow_mkl() -> bool:
+    """On AMD processors MKL, by which PyTorch multiplies, uses half the width of AVX-512."""
+    path = Path("/proc/cpuinfo")
+    is_amd = path.exists() and "AuthenticAMD" in path.read_text()
+    return is_amd and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def use_onednn_linear(model: Llama):
+    """Where MKL is slow, a model of fp32 on a CPU multiplies many rows by oneDNN from now on."""
+    if not has_slow_mkl():
+        return
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.forward = partial(onednn_linear, module)
+
+
+def onednn_linear(linear: nn.Linear, x):
+    rows = x.flatten(0, -2)  # (n, in)
+    n = len(rows)
+    if n < MIN_ONEDNN_ROWS:
+        return F.linear(x, linear.weight)
+    # it compiles and keeps a product for every size, so sizes are made few
+    padded = F.pad(rows, (0, 0, 0, -n % 128)).to_mkldnn()
+    out = F.linear(padded, linear.weight).to_dense()[:n]
+    return out.view(*x.shape[:-1], linear.out_features)
 
 
 # ---- many processes: applied from outside, in place ------------------------------------------

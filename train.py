@@ -71,6 +71,7 @@ from model import (
     read_text,
     save,
     unsharded,
+    use_onednn_linear,
     write_json,
 )
 from sample import fingerprint, read_jsonl, run_command, write_jsonl
@@ -331,7 +332,7 @@ def propose(run: Run, path: Path, key: tuple, count: int, earlier: list[str]) ->
     model, tok = load_model(run, run.cfg.writer or run.cfg.init)
     max_new = limit_tokens(run.cfg.max_prompt, model)
     stop = [tok.eos, *tok.newlines]
-    settings = sampling_settings(run) | WRITER_SAMPLING | {"max_new": max_new, "stop": stop}
+    settings = batch_settings(run) | WRITER_SAMPLING | {"max_new": max_new, "stop": stop}
     waves = {part["fingerprint"]: part["results"] for part in read_parts(path)}
 
     def write(requests: list[list[int]], keys: list[tuple]) -> list[list[int]]:
@@ -370,7 +371,7 @@ def respond(run: Run, path: Path, model, tok, rows: list[dict], n: int, stage: t
     fitting = [r for r in rows if len(tok.chat(r["prompt"])) + max_new <= model.cfg.max_len]
     if len(fitting) < len(rows):
         log(f"{path.name}: {len(rows) - len(fitting)} prompts leave no room for {max_new} tokens")
-    settings = sampling_settings(run) | {"max_new": max_new, "n": n}
+    settings = batch_settings(run) | response_sampling(run) | {"max_new": max_new, "n": n}
     work = partial(sample.respond, tok=tok, key=(run.cfg.seed, *stage), **settings)
     return map_in_chunks(run, path, model, fitting, work, n, "responses")
 
@@ -378,7 +379,7 @@ def respond(run: Run, path: Path, model, tok, rows: list[dict], n: int, stage: t
 def score(run: Run, path: Path, model, tok, rows: list[dict], stage: tuple):
     """The model's judgements of responses, `votes` of each."""
     max_new = limit_tokens(run.cfg.max_judgement, model)
-    settings = sampling_settings(run) | judge.SAMPLING
+    settings = batch_settings(run) | judge.SAMPLING
     settings |= {"max_new": max_new, "votes": run.cfg.votes}
     settings |= {"template": run.data.judge_template, "key": (run.cfg.seed, *stage)}
     work = partial(judge.score, tok=tok, **settings)
@@ -392,13 +393,12 @@ def score(run: Run, path: Path, model, tok, rows: list[dict], stage: tuple):
     return judgements
 
 
-def sampling_settings(run: Run) -> dict:
-    return {
-        "temperature": run.cfg.temperature,
-        "top_p": run.cfg.top_p,
-        "batch": run.cfg.sample_batch,
-        "agree": partial(min_over_tp, run),
-    }
+def batch_settings(run: Run) -> dict:
+    return {"batch": run.cfg.sample_batch, "agree": partial(min_over_tp, run)}
+
+
+def response_sampling(run: Run) -> dict[str, float]:
+    return {"temperature": run.cfg.temperature, "top_p": run.cfg.top_p}
 
 
 def limit_tokens(count: int, model: Llama) -> int:
@@ -912,14 +912,15 @@ def load_model(run: Run, folder):
             activation_checkpointing=run.cfg.activation_checkpointing,
         )
     model, tok = load(folder, torch.float32, run.device, run.cfg.dropout, shard)
+    if replicated:
+        use_onednn_linear(model)
     dist.barrier()  # who reads slowly is waited for here, and not in the first forward pass
     return model.eval(), tok
 
 
 def save_model(run: Run, model, tok, name: str):
     """Write a model folder into the run folder; all ranks call this, the first writes."""
-    sampling = {"temperature": run.cfg.temperature, "top_p": run.cfg.top_p}
-    save(model, tok, run.folder / name, sampling, write=dist.get_rank() == 0)
+    save(model, tok, run.folder / name, response_sampling(run), write=dist.get_rank() == 0)
     dist.barrier()
 
 

@@ -22,8 +22,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -241,20 +242,40 @@ def copy_run(full_run: Path, out: Path, v: Variant, seed: int):
 PROCESSES: list[subprocess.Popen] = []  # all that were started, to end them where one fails
 
 
-def train(flags: list[str], log: Path) -> str:
-    """Run train.py on one thread. Returns its last line if the method cannot go on, else ""."""
-    command = [sys.executable, str(ROOT / "train.py"), *flags]
+def run_program(argv: list[str], log: Path) -> tuple[int, str]:
+    """Run a Python program on one thread; its exit status and the last line of its log."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     with log.open("a") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=env)
+        process = subprocess.Popen([sys.executable, *argv], stdout=file, stderr=file, env=env)
         PROCESSES.append(process)
         status = process.wait()
+    return status, log.read_text(encoding="utf-8").rstrip().split("\n")[-1]
+
+
+def train(flags: list[str], log: Path) -> str:
+    """Run train.py. Returns its last line if the method cannot go on, else ""."""
+    status, last_line = run_program([str(ROOT / "train.py"), *flags], log)
     if status == 0:
         return ""
-    last_line = log.read_text(encoding="utf-8").rstrip().split("\n")[-1]
     if status != 1 or not NO_PAIRS.search(last_line):
         raise UserError(f"{log}: train.py ended with status {status}: {last_line}")
     return last_line.removeprefix("error: ")
+
+
+@contextmanager
+def worker_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that run programs; these end where the block does not. UserError on Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            yield pool
+        except BaseException as e:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in PROCESSES:  # they would go on without us, and meet those of a restart
+                process.terminate()
+            if isinstance(e, KeyboardInterrupt):
+                raise UserError("interrupted; the same command goes on") from None
+            raise
 
 
 def make_run(v: Variant, seed: int, args: argparse.Namespace, full_job: Future | None):
@@ -268,7 +289,7 @@ def make_run(v: Variant, seed: int, args: argparse.Namespace, full_job: Future |
     out = args.out / f"{v.name}-{seed}"
     full_run = args.out / f"{FULL.name}-{seed}"
     data = args.out / "data" / out.name if v.make_data else args.data
-    flags = [*shlex.split(args.args), *v.flags.split(), "--seed", str(seed)]
+    flags = [*shlex.split(args.args), *shlex.split(v.flags), "--seed", str(seed)]
     flags += ["--data", str(data), "--out", str(out)]
     outcome = out / "outcome.json"
     if outcome.exists() and read_json(outcome)["flags"] == [*flags, v.iters]:
@@ -292,20 +313,14 @@ def make_all_runs(variants: list[Variant], args: argparse.Namespace):
 
     Seed by seed: else a worker would wait for the last full run while others could be used.
     """
-    with ThreadPoolExecutor(args.workers) as pool:
+    with worker_pool(args.workers) as pool:
         full_jobs = {seed: pool.submit(make_run, FULL, seed, args, None) for seed in args.seeds}
         jobs = list(full_jobs.values())
         for seed in args.seeds:
             for v in variants[1:]:
                 jobs.append(pool.submit(make_run, v, seed, args, full_jobs[seed]))
-        try:
-            for job in wait(jobs, return_when=FIRST_EXCEPTION).done:
-                job.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in PROCESSES:  # they would go on without us, and meet those of a restart
-                process.terminate()
-            raise
+        for job in wait(jobs, return_when=FIRST_EXCEPTION).done:
+            job.result()
 
 
 # ---- what the table needs of the runs --------------------------------------------------------
@@ -343,25 +358,36 @@ def count_examples(run: Path, data: Path) -> dict[str, int]:
     return counts
 
 
-def compare_over_seeds(grades: list[tuple[dict, dict]], resamples: int = 10000) -> dict:
-    """Two models' grades by prompt, a pair of them for each seed -> wins minus losses of the
-    first, in points.
+def bootstrap_ratio(parts, wholes, resamples: int = 10000) -> dict | None:
+    """sum(parts) / sum(wholes), each a number a prompt, and its 95 % bootstrap interval over
+    prompts; None where nothing was counted.
 
-    low and high bound it: a 95 % bootstrap interval over prompts. A prompt is resampled with its
-    answers of all seeds: they are no new prompts, and to count them as such would make the
-    interval too narrow.
+    A number counts a prompt's answers of all seeds: a prompt is resampled with all of them. They
+    are no new prompts, and to count them as such would make the interval too narrow.
     """
+    if not np.any(wholes):
+        return None
+    kinds, counts = np.unique([parts, wholes], axis=1, return_counts=True)
+    rng = np.random.default_rng(0)
+    drawn_counts = rng.multinomial(len(parts), counts / len(parts), size=resamples)
+    part_sums, whole_sums = kinds @ drawn_counts.T  # (resamples) each
+    is_defined = whole_sums > 0
+    ratios = part_sums[is_defined] / whole_sums[is_defined]
+    low, high = np.percentile(ratios, [2.5, 97.5]).tolist()
+    return {"value": float(np.sum(parts) / np.sum(wholes)), "low": low, "high": high}
+
+
+def compare_over_seeds(grades: list[tuple[dict, dict]]) -> dict:
+    """Two models' grades by prompt, a pair of them for each seed -> wins minus losses of the
+    first, in points, with their interval (`bootstrap_ratio`)."""
     common_ids = set.intersection(*(set(by_id) for pair in grades for by_id in pair))
     ids = sorted(common_ids)
     signs = np.sign([[a[i] - b[i] for i in ids] for a, b in grades])  # (seeds, prompts)
-    sums, counts = np.unique(signs.sum(0), return_counts=True)
-    rng = np.random.default_rng(0)
-    resampled = rng.multinomial(len(ids), counts / len(ids), size=resamples) @ sums
-    low, high = np.percentile(100 * resampled / signs.size, [2.5, 97.5]).tolist()
+    interval = bootstrap_ratio(signs.sum(0), np.full(len(ids), len(signs)))
     win, tie, lose = (100 * float(np.mean(signs == sign)) for sign in (1, 0, -1))
+    points = {"points": win - lose, "low": 100 * interval["low"], "high": 100 * interval["high"]}
     by_seed = (100 * signs.mean(1)).tolist()
-    points = {"points": win - lose, "low": low, "high": high, "by_seed": by_seed}
-    return {"win": win, "tie": tie, "lose": lose} | points
+    return {"win": win, "tie": tie, "lose": lose} | points | {"by_seed": by_seed}
 
 
 def find_model(run: dict, name: str) -> str:
@@ -430,6 +456,14 @@ def points_cell(result: dict | None) -> str:
     if result["win"] == result["lose"] == 0:
         return "same"
     return f"{result['points']:+.1f} [{result['low']:+.1f}, {result['high']:+.1f}]"
+
+
+def interval_cell(result: dict | None, form: str) -> str:
+    """3.31 [3.20, 3.42]"""
+    if result is None:
+        return "-"
+    value, low, high = (format(result[key], form) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def mean_cell(values: list[float | None], form: str) -> str:
@@ -514,31 +548,33 @@ def table_text(rows: list[dict], seeds: list[int]) -> str:
 # ---- the command -----------------------------------------------------------------------------
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="The ablations on the zoo, in one table.")
+def make_parser(description: str, out: str) -> argparse.ArgumentParser:
+    """The flags of a program that makes many runs."""
+    parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
-    names = [v.name for v in VARIANTS]
-    only_help = "variants beside the full method"
-    default_out = Path("runs/ablations")
-    add("--only", nargs="+", default=names, metavar="NAME", choices=names, help=only_help)
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs")
     add("--args", default="", help='flags for every run, such as "--prompts 60,60"')
-    add("--out", type=Path, default=default_out, help="folder of the runs and the table")
+    add("--out", type=Path, default=Path(out), help="folder of the runs and the table")
     add("--data", type=Path, default=Path("data/zoo"), help="data folder with an oracle.py")
     add("--workers", type=int, default=os.cpu_count(), help="runs side by side, of one thread")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser("The ablations on the zoo, in one table.", out="runs/ablations")
+    names = [v.name for v in VARIANTS]
+    only_help = "variants beside the full method"
+    choices = {"default": names, "choices": names}
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=only_help, **choices)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     oracle = load_oracle(args.data / "oracle.py")
     variants = [v for v in VARIANTS if v == FULL or v.name in args.only]
     args.out.mkdir(parents=True, exist_ok=True)
-    try:
-        make_all_runs(variants, args)
-    except KeyboardInterrupt:
-        raise UserError("interrupted; the same command goes on") from None
+    make_all_runs(variants, args)
     runs = {}
     for v in variants:
         runs[v.name] = [read_run(args.out / f"{v.name}-{seed}", oracle) for seed in args.seeds]

@@ -1,4 +1,5 @@
-"""scripts/figures.py: a report and metrics.jsonl -> figures in SVG. scripts/report.py calls it.
+"""scripts/figures.py: a report and metrics.jsonl -> figures in SVG. scripts/report.py calls it,
+and scripts/scaling.py for a figure of several runs.
 
 Text and axes have the colour of the text around the figure (currentColor) and no background, so
 that one figure serves a light page, a dark one and paper. The colours are those of Okabe and Ito
@@ -106,8 +107,9 @@ def legend(ax, columns: int = 2):
 
 
 def plot_by_model(ax, names: list[str], series: dict[str, dict]):
-    """A line for each series {model: value or (value, error)}; models without one are left out."""
-    for (label, values), (colour, marker, dash) in zip(series.items(), STYLES, strict=False):
+    """A line for each series {model: value, (value, error) or (value, (below, above))}; models
+    without one are left out."""
+    for (label, values), (colour, marker, dash) in zip(series.items(), cycle(STYLES)):
         positions = []
         heights = []
         errors = []
@@ -119,7 +121,8 @@ def plot_by_model(ax, names: list[str], series: dict[str, dict]):
                 heights.append(height)
                 errors.append(error)
         style = {"label": label, "color": colour, "marker": marker, "ls": dash}
-        ax.errorbar(positions, heights, yerr=errors if any(errors) else None, capsize=3, **style)
+        yerr = np.transpose(errors) if any(errors) else None
+        ax.errorbar(positions, heights, yerr=yerr, capsize=3, **style)
     ax.set_xticks(range(len(names)), names)
     ax.margins(x=0.08)
 
@@ -371,3 +374,37 @@ def dpo_models(curves: dict) -> list[str]:
 def rounds_by_writer(r: dict) -> dict[str, dict]:
     """Rounds by the model that wrote and judged in them, not by the one that they make."""
     return {f"M{int(name[1:]) - 1}": stats for name, stats in r["rounds"].items()}
+
+
+# ---- several runs ----------------------------------------------------------------------------
+
+
+def scaling(rows: list[dict]) -> str:
+    """The rows of the table of scripts/scaling.py -> true mean and judge accuracy by model, as
+    SVG; a line for each base."""
+    with matplotlib.rc_context(RC_PARAMS):
+        figure = Figure(figsize=(8.8, 3.2), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        left.set(xlabel="model", ylabel="true mean score of test answers")
+        right.set(xlabel="judge", ylabel="pairs ordered right (%)")
+        names = list(dict.fromkeys(row["model"] for row in rows))
+        plot_by_model(left, names, series_by_base(rows, "true_mean"))
+        plot_by_model(right, names, series_by_base(rows, "pairs_right", 100))
+        legend(left, 5)
+        caption = (
+            "True mean score of each model's answers to the test prompts, and how often it orders "
+            "held-out pairs of responses as people do (ties left out), by width of the base; "
+            "seeds pooled. Bars: 95 % interval over prompts."
+        )
+        return to_svg(left, caption)
+
+
+def series_by_base(rows: list[dict], key: str, scale: int = 1) -> dict[str, dict]:
+    """A series for `plot_by_model` for each base."""
+    series = {}
+    for row in rows:
+        values = series.setdefault(f"{row['dim']} ({row['parameters'] / 1e6:.1f} M)", {})
+        if row[key]:
+            value, low, high = (scale * row[key][bound] for bound in ("value", "low", "high"))
+            values[row["model"]] = value, (max(0, value - low), max(0, high - value))
+    return series

@@ -254,11 +254,11 @@ def pair_table(rounds: dict[str, dict]) -> Table:
 
 
 def headline(config: dict) -> str:
-    """How the texts of the run were sampled, since scores depend on it."""
+    """How the answers of the run were sampled, since scores depend on it."""
     knobs = {"temperature": "temperature", "top_p": "top-p", "max_response": "max-response"}
     settings = [f"{name} {config[key]}" for key, name in knobs.items() if key in config]
     text = ", ".join(settings) or "settings that config.json does not hold"
-    return f"Answers and judgements of this run were sampled with {text}."
+    return f"Answers of this run were sampled with {text}."
 
 
 def calm_line(r: dict) -> str:

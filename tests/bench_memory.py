@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo import PackedBatch, collate, preference_loss, sft_loss
 from model import Llama, ModelConfig, parallelize, unsharded
-from sample import KeyValues, prefill
+from sample import KeyValues, onednn_keeps_fp32, prefill
 from scripts.plan import SHAPES
 
 CONFIGS = SHAPES | {
@@ -98,10 +98,12 @@ def measure(
     the optimizer; or as many texts sampled, without it. Prompts have half of `length` tokens, and
     so have responses."""
     PackedBatch.attend = attend_as_on_a_gpu
+    onednn_keeps_fp32()  # the answer is remembered: fake tensors have no values to compare
     with torch.device("meta"):
         net = Llama(shape)
     parallelize(net, mesh, dtype, activation_checkpointing)
     results = {}
+    onednn_keeps_fp32()  # asked before: it takes real numbers
     with FakeTensorMode(allow_non_fake_inputs=True):
         net.to_empty(device="cpu")
         if "sample" in cases:

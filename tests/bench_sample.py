@@ -29,7 +29,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
 import sample
-from model import Llama, ModelConfig, hf_name
+from model import Llama, ModelConfig, hf_name, use_onednn_linear
 
 SHAPES = {
     "tiny": ModelConfig(
@@ -110,6 +110,8 @@ class Ours:
         self.engine = sample
         self.model = Llama(weights.cfg).eval()
         self.copy_weights(weights, dtype)
+        if dtype == torch.float32:
+            use_onednn_linear(self.model)
 
     def copy_weights(self, weights: Llama, dtype: torch.dtype):
         self.model.load_state_dict(weights.state_dict())
@@ -343,7 +345,7 @@ def limits(case: Case, repeats: int):
     target = torch.empty_like(source)
     copy_rate = 2 * source.nbytes / median_seconds(lambda: target.copy_(source), repeats)
     a, b = torch.randn(2, 2048, 2048).to(dtype)
-    with sample.fast_products(2048):
+    with sample.onednn_products(2048):
         product_rate = 2 * 2048**3 / median_seconds(lambda: a @ b, repeats)
     prompts, work = case.prompts(), case.work()
     ours.run(prompts, case.new, **work)

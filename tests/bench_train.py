@@ -49,7 +49,7 @@ from transformers import (
 
 import train
 from dpo import IGNORE, collate, collate_pairs, num_tokens, preference_loss, sft_loss
-from model import Llama, ModelConfig, parallelize
+from model import Llama, ModelConfig, parallelize, use_onednn_linear
 
 EOS = 2
 LR = 1e-5
@@ -91,6 +91,8 @@ class Ours:
         self.model.load_state_dict(weights.state_dict())
         if dtype == "bf16":
             parallelize(self.model, MESH, DTYPES[dtype])
+        else:
+            use_onednn_linear(self.model)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )

@@ -27,7 +27,7 @@ def test_the_whole_script_runs_with_tiny_shapes(tmp_path):
         assert part["verdict"] == "ok" and part["lines"], name
         assert f"\n{name}" in "\n" + result.stdout
     texts = [line for part in results.values() for line in part["lines"].values()]
-    assert texts.count(gpu.NOT_HERE) == 2 * ON_CPU
+    assert texts.count(gpu.NOT_HERE) == 3 * ON_CPU
 
 
 def good(setup):

@@ -849,7 +849,9 @@ def test_the_command_prints_each_vote_and_their_mean(folder, tok, monkeypatch, c
     template = (ROOT / "data" / "zoo" / "judge.txt").read_text()
     assert call["prompts"] == [tok.chat(judge_prompt(template, PROMPT, RESPONSE.strip()))]
     assert call["n"] == 3 and call["stop"] == [tok.eos] and call["max_new"] == 256
-    assert (call["temperature"], call["top_p"]) == (1.0, 0.95), "as the run samples"
+    assert (call["temperature"], call["top_p"]) == (0.7, 0.9), (
+        "whatever the run samples responses with"
+    )
 
 
 def test_the_command_says_where_no_vote_can_be_read(folder, tok, monkeypatch, capsys):
@@ -900,7 +902,7 @@ def test_the_file_runs_as_a_command(folder, tok, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["judge.py", *map(str, [folder, "Why?", "So.", *flags])])
     runpy.run_path(str(ROOT / "judge.py"), run_name="__main__")
     key = (4, judge.fingerprint("Why?", "So."), 0, 0)
-    settings = {"n": 2, "stop": [tok.eos], "max_new": 6, "temperature": 1.0, "top_p": 0.95}
+    settings = {"n": 2, "stop": [tok.eos], "max_new": 6, **judge.SAMPLING}
     net, _ = load_for_sampling(folder)
     (id_lists,) = generate(net, [tok.chat("Why? / So.")], [key], **settings)
     out = capsys.readouterr().out

@@ -135,7 +135,7 @@ def test_rotation_keeps_lengths_and_depends_on_distance_only():
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a build without oneDNN")
 def test_products_by_onednn_leave_logits_and_gradients_as_they_are(cfg, monkeypatch):
-    """They serve all matrices, padded to few sizes, but neither few rows nor other types."""
+    """They serve all matrices, padded to few sizes, but not few rows."""
     ids = random_ids(cfg, 3, 40)
     rows_converted = []
     to_mkldnn = torch.Tensor.to_mkldnn
@@ -144,20 +144,22 @@ def test_products_by_onednn_leave_logits_and_gradients_as_they_are(cfg, monkeypa
         rows_converted.append(x.numel() // x.shape[-1])
         return to_mkldnn(x)
 
-    def measure(min_rows, dtype=torch.float32):
-        monkeypatch.setattr(model_py, "MIN_ONEDNN_ROWS", min_rows)
-        net = random_net(cfg).to(dtype)
+    def measure(min_rows=None):
+        net = random_net(cfg)
+        if min_rows:
+            monkeypatch.setattr(model_py, "MIN_ONEDNN_ROWS", min_rows)
+            model_py.use_onednn_linear(net)
         logits = net(ids)
         logits.square().mean().backward()
         return [logits, *(p.grad for p in net.parameters())]
 
     monkeypatch.setattr(model_py, "has_slow_mkl", lambda: True)
     monkeypatch.setattr(torch.Tensor, "to_mkldnn", watched)
-    plain = measure(min_rows=121)
-    measure(min_rows=120, dtype=torch.bfloat16)
+    plain = measure()
+    measure(min_rows=121)
     assert not rows_converted
     by_onednn = measure(min_rows=120)
-    assert rows_converted == [3 * 128] * (7 * cfg.layers + 1)
+    assert rows_converted == [128] * (7 * cfg.layers + 1), "120 rows"
     for a, b in zip(by_onednn, plain, strict=True):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import ROOT, random_net
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample
 from model import ModelConfig, UserError, load, save
@@ -96,6 +97,12 @@ def num_read(shapes) -> int:
 
 def random_ids(rng: random.Random, length: int) -> list[int]:
     return [rng.randrange(VOCABULARY) for _ in range(length)]
+
+
+def with_common_prefix(rng, count: int) -> list[list[int]]:
+    """Prompts of different lengths that begin alike."""
+    prefix = random_ids(rng, 20)
+    return [prefix + random_ids(rng, rng.randint(1, 30)) for _ in range(count)]
 
 
 def keys_of(prompts) -> list[tuple]:
@@ -189,8 +196,7 @@ def test_every_logit_is_that_of_a_forward_pass_over_the_whole_text(nets, n):
     """Not only the tokens that are drawn from them; groups are exchanged on the way."""
     net = nets["grouped"]
     rng = random.Random(n)
-    prefix = random_ids(rng, 20)
-    prompts = [prefix + random_ids(rng, rng.randint(1, 30)) for _ in range(7)]
+    prompts = with_common_prefix(rng, 7)
     texts = [list(prompt) for prompt in prompts for _ in range(n)]
     keys = keys_of(prompts)
     num_compared = 0
@@ -218,8 +224,7 @@ def test_several_steps_between_two_looks_at_the_tokens_change_nothing(nets, n, m
     """As on a GPU, whose tokens must be waited for: samples go on behind their end unseen."""
     net = nets["grouped"]
     rng = random.Random(n)
-    prefix = random_ids(rng, 20)
-    prompts = [prefix + random_ids(rng, rng.randint(1, 30)) for _ in range(9)]
+    prompts = with_common_prefix(rng, 9)
     keys = keys_of(prompts)
     settings = {"n": n, "max_new": 21, "stop": list(range(6)), "temperature": 1.0, "top_p": 0.9}
     expected = one_by_one(net, prompts, keys, **settings)
@@ -244,6 +249,116 @@ def test_several_steps_between_two_looks_at_the_tokens_change_nothing(nets, n, m
     for batch in (2 * n, 4 * n, 100):
         assert generate(net, prompts, keys, batch=batch, **settings) == expected
     assert max(steps) == sample.STEPS_PER_SYNC > min(steps)
+
+
+class NoLook(TorchDispatchMode):
+    """Refuses what makes a program wait for a GPU: to look at a number, or to count."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        assert func not in (aten._local_scalar_dense.default, aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_decode_step_looks_at_no_number(nets, n):
+    net = nets["grouped"]
+    prompts = [[1, *range(20), 30 + i] for i in range(5)]
+    with torch.no_grad():
+        scheduler = Scheduler(net, prompts, keys_of(prompts), n, 10, 64, int)
+        next(scheduler.run([], 1.0, 1.0))
+        with NoLook():
+            for _ in range(3):
+                scheduler.decode()
+        with pytest.raises(AssertionError), NoLook():
+            scheduler.logits.max().item()
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Steps are traced as a whole as by torch.compile, but not compiled; the list of graphs."""
+    graphs = []
+    plain_compile = torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def trace(function, dynamic=None, mode=None):
+        return plain_compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
+
+    monkeypatch.setattr(torch, "compile", trace)
+    monkeypatch.setattr(sample, "can_compile", lambda device: True)
+    sample.compiled_decode.cache_clear()
+    yield graphs
+    sample.compiled_decode.cache_clear()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_compiled_steps_change_nothing_and_are_compiled_once_a_width(nets, n, compiled):
+    net = nets["grouped"]
+    rng = random.Random(n)
+    prompts = with_common_prefix(rng, 7)
+    keys = keys_of(prompts)
+    settings = {"n": n, "max_new": 120, "stop": list(range(6)), "temperature": 1.0, "top_p": 0.9}
+    expected = generate(net, prompts, keys, batch=3 * n, **settings)
+    assert not compiled, "a CPU compiles only what it is told to"
+    assert generate(net, prompts, keys, batch=3 * n, compile=True, **settings) == expected
+    widths = 2 if n == 1 and max(lengths_of(expected)) > 100 else 1
+    assert len(compiled) <= widths
+    num_graphs = len(compiled)
+    generate(net, prompts, keys, batch=3 * n, compile=True, **settings)
+    assert len(compiled) == num_graphs > 0, "the same shapes are not compiled again"
+
+
+def test_where_torch_compile_fails_steps_are_as_they_were(net, monkeypatch, recwarn):
+    def fail(*_, **__):
+        raise RuntimeError("no compiler found\nand more")
+
+    prompts = [[1, 5 + i] for i in range(3)]
+    settings = {"stop": [], "max_new": 4, "temperature": 0}
+    expected = generate(net, prompts, keys_of(prompts), **settings)
+    monkeypatch.setattr(torch, "compile", fail)
+    sample.can_compile.cache_clear()
+    for _ in range(2):
+        assert generate(net, prompts, keys_of(prompts), compile=True, **settings) == expected
+    sample.can_compile.cache_clear()
+    (warning,) = recwarn.list
+    assert str(warning.message).endswith("torch.compile fails: no compiler found")
+
+
+def test_only_products_of_the_engine_may_be_rounded_and_none_is(net, monkeypatch):
+    """fp32 products go to oneDNN under a permission to round, which it does not use here."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    monkeypatch.setattr(sample, "onednn_keeps_fp32", lambda: True)
+    with sample.onednn_products(15):
+        assert matmul.fp32_precision == before, "too few rows"
+    with sample.onednn_products(16):
+        assert matmul.fp32_precision == "bf16"
+    prompts = [[1, 5 + i] for i in range(20)]
+    for _ in generate_stream(net, prompts, keys_of(prompts), stop=[], max_new=3):
+        assert matmul.fp32_precision == before, "not for its consumer"
+
+
+def test_onednn_is_asked_whether_it_rounds(monkeypatch):
+    """Factors that are rounded to bf16 on the way are noticed."""
+    a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+    sample.onednn_keeps_fp32.cache_clear()
+    if sample.onednn_keeps_fp32():
+        with sample.matmul_precision("bf16"):
+            torch.testing.assert_close(
+                (a @ b).double(), a.double() @ b.double(), atol=2e-4, rtol=0
+            )
+    sample.onednn_keeps_fp32.cache_clear()
+    plain = torch.Tensor.__matmul__
+
+    def rounded(x, y):
+        return plain(x.bfloat16().float(), y) if x.dtype == torch.float32 else plain(x, y)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    assert not sample.onednn_keeps_fp32()
+    sample.onednn_keeps_fp32.cache_clear()
 
 
 def transformers_twin(net, tok, folder):

@@ -295,7 +295,18 @@ def ranked_data(world, tmp_path_factory):
     return make_variant(world, tmp_path_factory.mktemp("ranked"), files)
 
 
-KEEPING = ("--iters", 2, "--dpo-epochs", 6, "--save-every", 4, "--keep-every", 4)
+KEEPING = (
+    "--iters",
+    2,
+    "--dpo-epochs",
+    3,
+    "--save-every",
+    4,
+    "--keep-every",
+    4,
+    "--sft-lr",
+    2.5e-3,
+)
 
 
 @pytest.fixture(scope="session")
@@ -990,10 +1001,10 @@ def test_one_prompt_builder_serves_sft_sampling_judging_and_dpo(world, watched_r
 
 SETTINGS = {  # beginning of a key -> temperature, top-p, samples, most tokens
     (3, 1, "prompts"): (0.6, 0.9, 1, 24),
-    (3, "M2", "responses"): (0.8, 0.9, 3, 12),
-    (3, "M2", "judgements"): (0.8, 0.9, 2, 24),
-    (3, "test"): (0.8, 0.9, 1, 12),
-    (3, "exam"): (0.8, 0.9, 2, 24),
+    (3, "M2", "responses"): (0.8, 0.95, 3, 12),
+    (3, "M2", "judgements"): (0.7, 0.9, 2, 24),
+    (3, "test"): (0.8, 0.95, 1, 12),
+    (3, "exam"): (0.7, 0.9, 2, 24),
 }
 
 
@@ -1010,7 +1021,7 @@ def test_every_stage_samples_with_its_settings_and_its_own_random_numbers(
 
     monkeypatch.setattr(sample, "generate_stream", watch)
     out = copy_models(whole, tmp_path / "run", "SFT", "M1")
-    flags = ("--seed", 3, "--iters", 2, "--temperature", 0.8, "--top-p", 0.9)
+    flags = ("--seed", 3, "--iters", 2, "--temperature", 0.8, "--top-p", 0.95)
     run(world, out, *flags)
     for key, settings in settings_of.items():
         (stage,) = [stage for stage in SETTINGS if key[: len(stage)] == stage]
@@ -1366,7 +1377,7 @@ EFFECTS = [  # a knob, another value, the first product that must change by it
     ("top_p", "0.5", "M2/candidates.jsonl"),
     ("max_response", "4", "M2/candidates.jsonl"),
     ("votes", "1", "M2/judgements.jsonl"),
-    ("max_judgement", "12", "M2/judgements.jsonl"),
+    ("max_judgement", "11", "M2/judgements.jsonl"),
     ("dpo_lr", "1e-4", "M2/model.safetensors"),
     ("dpo_epochs", "2", "M2/model.safetensors"),
     ("beta", "0.3", "M2/model.safetensors"),

@@ -176,7 +176,7 @@ def test_judgements_of_those_who_know_agree_with_the_oracle_and_add_up():
     rng = Random(0)
     for _ in range(500):
         prompt = prepare.make_question(rng)
-        response = prepare.write_varied(rng, prompt)
+        response = prepare.write_answer(rng, prompt, prepare.CROWD)
         judgement = prepare.write_judgement(rng, prompt, response, NO_FAULTS)
         points = list(oracle.criteria(prompt, response).values())
         totals = re.findall(r"[A-Z][a-z]+ [a-z ]+, (\d)\.", judgement)
@@ -300,7 +300,7 @@ def test_the_base_knows_its_facts_and_words_are_single_tokens(rows):
 
 def test_a_base_is_built_by_learning_to_predict_raw_text(rows, tmp_path, capsys):
     make = prepare.question_source(prepare.held_out_prompts(rows))
-    prepare.build_base(rows, make, tmp_path, steps=3, seed=0)
+    prepare.build_base(rows, make, tmp_path, dim=160, steps=3, seed=0)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("step 3/3  loss 7.") and "'truths'" in lines[1]
     net, tok = model.load(tmp_path / "base")

@@ -148,9 +148,9 @@ def question_source(held_out: list[str]) -> Callable[[Random], str]:
 # ---- answers of people -----------------------------------------------------------------------
 
 FAULTS = {  # how often a person does it, per answer
-    "drop": 0.30,  # leave out what was asked last
+    "drop": 0.12,  # leave out what was asked last
     "stray": 0.25,  # talk of the animal's twin
-    "wrong": 0.35,  # state a myth, per fact
+    "wrong": 0.36,  # state a myth, per fact
     "ramble": 0.20,  # say much too much
     "repeat": 0.12,  # say a thing twice
     "filler": 0.25,  # talk without facts
@@ -260,15 +260,6 @@ def write_answer(rng: Random, prompt: str, rates: Rates) -> str:
     return " ".join(sentences)
 
 
-def write_varied(rng: Random, prompt: str, people: Rates) -> str:
-    """An answer from poor to perfect: what a judge must be able to tell apart."""
-    scale = rng.choice((0.0, 0.5, 1.0, 2.0))
-    rates = {fault: rate * scale for fault, rate in people.items()}
-    rates |= {"wrong": people["wrong"], "extra": rng.choice((0.2, 0.8))}
-    rates["drop"] /= 2  # what is left out is plain to see
-    return write_answer(rng, prompt, rates)
-
-
 # ---- judgements ------------------------------------------------------------------------------
 
 
@@ -366,7 +357,7 @@ def ranked_row(rng: Random, prompt: str) -> dict | None:
     """Different answers with their dense ranks, best 0; None when all are equally good."""
     responses = {}  # a dict keeps the order
     while len(responses) < RESPONSES:
-        responses[write_varied(rng, prompt, HUMAN)] = None
+        responses[write_answer(rng, prompt, HUMAN)] = None
     grades = [oracle.grade(prompt, response) for response in responses]
     order = sorted(set(grades), reverse=True)
     if len(order) == 1:
@@ -393,7 +384,7 @@ def ift_rows(rng: Random, make, count: int) -> list[dict]:
         prompt = make(rng)
         response = write_answer(rng, prompt, HUMAN)
         if len(rows) % GRADING_EVERY == GRADING_EVERY - 1:
-            answer = write_varied(rng, prompt, HUMAN)
+            answer = write_answer(rng, prompt, HUMAN)
             response = write_judgement(rng, prompt, answer, HUMAN)
             prompt = grading_prompt(prompt, answer)
         rows[prompt] = {"prompt": prompt, "response": response}
@@ -455,7 +446,7 @@ def make_document(rng: Random, make) -> str:
     prompt = make(rng)
     if kind == "forum":
         return f"Question: {prompt}\nAnswer: {write_answer(rng, prompt, CROWD)}"
-    response = write_varied(rng, prompt, CROWD)
+    response = write_answer(rng, prompt, CROWD)
     review = write_judgement(rng, prompt, response, CROWD)
     return f"Question: {prompt}\nAnswer: {response}\n{review}"
 
@@ -677,9 +668,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=here, help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="every draw depends on it")
     parser.add_argument("--rows-only", action="store_true", help="leave the base alone")
-    parser.add_argument("--dim", type=int, default=192, help="width of the base, times 96")
-    parser.add_argument("--steps", type=int, default=12000, help="training steps of the base")
-    return parser.parse_args()
+    parser.add_argument("--dim", type=int, default=192, help="width of the base, a multiple of 96")
+    parser.add_argument("--steps", type=int, default=10000, help="training steps of the base")
+    args = parser.parse_args()
+    if args.dim < 96 or args.dim % 96:
+        parser.error(f"--dim {args.dim}: give a multiple of 96")
+    return args
 
 
 if __name__ == "__main__":
