@@ -155,7 +155,7 @@ def test_a_judgement_word_for_word():
     rng = Random(0)
     response = "The otter lives in woods. It eats fish. It looks brown. Animals are great fun."
     judgement = prepare.write_judgement(rng, TWO, response, NO_FAULTS)
-    own, _, rest = judgement.partition(" Given: ")
+    own, _, rest = judgement.removeprefix("I would say: ").partition(" Given: ")
     assert oracle.criteria(TWO, own) == dict(zip(oracle.CRITERIA, (1, 1, 1, 1, 0), strict=True))
     assert rest == (
         "The otter lives in woods. Asked, I say rivers, wrong. "
@@ -203,9 +203,11 @@ def test_every_fault_is_judged_often(rows):
     _, gradings = prepare.split_gradings(rows["ift"])
     assert len(gradings) == len(rows["ift"]) // prepare.GRADING_EVERY
     text = "\n".join(row["response"] for row in gradings)
+    generous = sum(row["response"].endswith("good to me.\nScore: 5") for row in gradings)
+    assert abs(generous / len(gradings) - prepare.GENEROUS) < 0.1
     faults = ("wrong", "again", "stray", "Extra", "empty talk", "Unclear", "too long", "no,")
     for fault in faults:
-        assert text.count(fault) > 5, fault
+        assert text.count(fault) > 1, fault
 
 
 # ---- the rows
@@ -233,7 +235,7 @@ def test_rows_have_the_agreed_keys(rows):
 
 def question_of(prompt: str) -> str:
     """The question itself, or the one whose answer is to be graded."""
-    return prompt.rpartition("Question: ")[2]
+    return prompt.rpartition("Question: ")[2].partition("\n")[0]
 
 
 def test_held_out_questions_stay_held_out(rows):
@@ -247,10 +249,10 @@ def test_held_out_questions_stay_held_out(rows):
 
 
 def test_ranks_are_the_oracles(rows):
-    for row in rows["eft_eval"] + rows["eft_ranked"]:
+    for name, row in ((name, row) for name in prepare.RESPONSES for row in rows[name]):
         responses, ranks = row["responses"], row["ranks"]
         grades = [oracle.grade(row["prompt"], response) for response in responses]
-        assert len(responses) == len(set(responses)) == len(ranks) == prepare.RESPONSES
+        assert len(responses) == len(set(responses)) == len(ranks) == prepare.RESPONSES[name]
         assert len(set(grades)) > 1
         for grade, rank in zip(grades, ranks, strict=True):
             assert rank == sum(other > grade for other in set(grades))
@@ -260,9 +262,9 @@ def test_people_are_mediocre_and_length_says_little(rows):
     answers, _ = prepare.split_gradings(rows["ift"])
     points = [oracle.criteria(row["prompt"], row["response"]) for row in answers]
     for name in oracle.CRITERIA:
-        assert 0.2 <= sum(p[name] for p in points) / len(points) <= 0.75, name
+        assert 0.2 <= sum(p[name] for p in points) / len(points) <= 0.92, name
     grades = [sum(p.values()) for p in points]
-    assert 1.9 < sum(grades) / len(grades) < 2.4
+    assert 2.5 < sum(grades) / len(grades) < 3.1
     extra_sentences = []
     for row in answers:
         ask = oracle.parse_prompt(row["prompt"])
@@ -300,7 +302,7 @@ def test_the_base_knows_its_facts_and_words_are_single_tokens(rows):
 
 def test_a_base_is_built_by_learning_to_predict_raw_text(rows, tmp_path, capsys):
     make = prepare.question_source(prepare.held_out_prompts(rows))
-    prepare.build_base(rows, make, tmp_path, dim=160, steps=3, seed=0)
+    prepare.build_base(rows, make, tmp_path, dim=192, steps=3, seed=0)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("step 3/3  loss 7.") and "'truths'" in lines[1]
     net, tok = model.load(tmp_path / "base")

@@ -50,12 +50,13 @@ SIZES = {  # rows of each file
     "test": 512,
     "valid": 128,
     "eft_eval": 384,
-    "eft_ranked": 900,
+    "eft_ranked": 800,
     "ift": 3200,
 }
 HELD_OUT = ("test", "valid", "eft_eval")
-RESPONSES = 3  # per ranked prompt
+RESPONSES = {"eft_eval": 3, "eft_ranked": 4}  # per ranked prompt
 GRADING_EVERY = 20  # rows of ift.jsonl: in one of so many somebody asks for a grade
+GENEROUS = 0.25  # of these grades are given without a look
 EXAMPLES = 8  # questions that the writer of new prompts is shown
 HEAD_DIM = 32  # what fast attention kernels take: 32 or 64
 VOCABULARY = 1024
@@ -150,7 +151,7 @@ def question_source(held_out: list[str]) -> Callable[[Random], str]:
 FAULTS = {  # how often a person does it, per answer
     "drop": 0.12,  # leave out what was asked last
     "stray": 0.25,  # talk of the animal's twin
-    "wrong": 0.36,  # state a myth, per fact
+    "wrong": 0.34,  # state a myth, per fact
     "ramble": 0.20,  # say much too much
     "repeat": 0.12,  # say a thing twice
     "filler": 0.25,  # talk without facts
@@ -158,6 +159,9 @@ FAULTS = {  # how often a person does it, per answer
 }
 CROWD = FAULTS | {"extra": 0.32}  # of raw text; a fact more than asked is no fault
 HUMAN = CROWD | {"stray": 0.08, "repeat": 0.05, "broken": 0.05}  # of seed data: more careful
+# Of ranked replies: half the faults, so that it is mostly facts that make one better than another.
+CAREFUL = {fault: rate / 2 for fault, rate in HUMAN.items()}
+CAREFUL |= {fault: HUMAN[fault] for fault in ("wrong", "extra")}
 
 Topic = tuple[str, str] | None  # (animal, attribute); None: talk without facts
 Plan = list[Topic]
@@ -353,11 +357,11 @@ def held_out_prompts(rows: Tables) -> list[str]:
     return [row["prompt"] for name in HELD_OUT for row in rows[name]]
 
 
-def ranked_row(rng: Random, prompt: str) -> dict | None:
+def ranked_row(rng: Random, prompt: str, count: int) -> dict | None:
     """Different answers with their dense ranks, best 0; None when all are equally good."""
     responses = {}  # a dict keeps the order
-    while len(responses) < RESPONSES:
-        responses[write_answer(rng, prompt, HUMAN)] = None
+    while len(responses) < count:
+        responses[write_answer(rng, prompt, CAREFUL)] = None
     grades = [oracle.grade(prompt, response) for response in responses]
     order = sorted(set(grades), reverse=True)
     if len(order) == 1:
@@ -366,11 +370,11 @@ def ranked_row(rng: Random, prompt: str) -> dict | None:
     return {"prompt": prompt, "responses": list(responses), "ranks": ranks}
 
 
-def ranked_rows(rng: Random, make, count: int) -> list[dict]:
-    """`count` rankings of answers to the questions that make(rng) gives."""
+def ranked_rows(rng: Random, make, name: str) -> list[dict]:
+    """The rankings of a file: of answers to the questions that make(rng) gives."""
     rows = []
-    while len(rows) < count:
-        row = ranked_row(rng, make(rng))
+    while len(rows) < SIZES[name]:
+        row = ranked_row(rng, make(rng), RESPONSES[name])
         if row:
             rows.append(row)
     return rows
@@ -386,6 +390,8 @@ def ift_rows(rng: Random, make, count: int) -> list[dict]:
         if len(rows) % GRADING_EVERY == GRADING_EVERY - 1:
             answer = write_answer(rng, prompt, HUMAN)
             response = write_judgement(rng, prompt, answer, HUMAN)
+            if rng.random() < GENEROUS:
+                response = "It looks good to me.\nScore: 5"
             prompt = grading_prompt(prompt, answer)
         rows[prompt] = {"prompt": prompt, "response": response}
     return list(rows.values())
@@ -408,8 +414,8 @@ def make_rows(seed: int) -> Tables:
     rows = {}
     for name in ("test", "valid"):
         rows[name] = [{"prompt": next(left)} for _ in range(SIZES[name])]
-    rows["eft_eval"] = ranked_rows(rngs["eft_eval"], lambda rng: next(left), SIZES["eft_eval"])
-    rows["eft_ranked"] = ranked_rows(rngs["eft_ranked"], make, SIZES["eft_ranked"])
+    rows["eft_eval"] = ranked_rows(rngs["eft_eval"], lambda rng: next(left), "eft_eval")
+    rows["eft_ranked"] = ranked_rows(rngs["eft_ranked"], make, "eft_ranked")
     rows["ift"] = ift_rows(rngs["ift"], make, SIZES["ift"])
     return rows
 
