@@ -1,6 +1,7 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 OUT    ?= runs/zoo
+PROCESSES ?= 2
 ARGS   ?=
 NEED   := "Python 3.11 or newer is needed; name one: make PYTHON=python3.11"
 
@@ -24,8 +25,8 @@ help:  ## show this list
 
 setup: .venv/report  ## make .venv: the five packages, and matplotlib for figures
 
-run: .venv/report  ## M0 -> M1 -> M2 -> M3 on the zoo, then the report (OUT="runs/one" ARGS="--seed 1" to change it)
-	$(BIN)/python train.py --out "$(OUT)" $(ARGS)
+run: .venv/report  ## M0 -> M1 -> M2 -> M3 on the zoo, then the report (OUT="runs/one" ARGS="--seed 1" PROCESSES=4)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) train.py --out "$(OUT)" $(ARGS)
 	$(BIN)/python -m scripts.report "$(OUT)"
 
 test: .venv/dev  ## all tests, on two cores (ARGS="-k judge" for some)

@@ -50,13 +50,12 @@ SIZES = {  # rows of each file
     "test": 512,
     "valid": 128,
     "eft_eval": 384,
-    "eft_ranked": 800,
+    "eft_ranked": 900,
     "ift": 3200,
 }
 HELD_OUT = ("test", "valid", "eft_eval")
-RESPONSES = {"eft_eval": 3, "eft_ranked": 4}  # per ranked prompt
+RESPONSES = 3  # per ranked prompt
 GRADING_EVERY = 20  # rows of ift.jsonl: in one of so many somebody asks for a grade
-GENEROUS = 0.25  # of these grades are given without a look
 EXAMPLES = 8  # questions that the writer of new prompts is shown
 HEAD_DIM = 32  # what fast attention kernels take: 32 or 64
 VOCABULARY = 1024
@@ -151,7 +150,7 @@ def question_source(held_out: list[str]) -> Callable[[Random], str]:
 FAULTS = {  # how often a person does it, per answer
     "drop": 0.12,  # leave out what was asked last
     "stray": 0.25,  # talk of the animal's twin
-    "wrong": 0.34,  # state a myth, per fact
+    "wrong": 0.35,  # state a myth, per fact
     "ramble": 0.20,  # say much too much
     "repeat": 0.12,  # say a thing twice
     "filler": 0.25,  # talk without facts
@@ -357,10 +356,10 @@ def held_out_prompts(rows: Tables) -> list[str]:
     return [row["prompt"] for name in HELD_OUT for row in rows[name]]
 
 
-def ranked_row(rng: Random, prompt: str, count: int) -> dict | None:
+def ranked_row(rng: Random, prompt: str) -> dict | None:
     """Different answers with their dense ranks, best 0; None when all are equally good."""
     responses = {}  # a dict keeps the order
-    while len(responses) < count:
+    while len(responses) < RESPONSES:
         responses[write_answer(rng, prompt, CAREFUL)] = None
     grades = [oracle.grade(prompt, response) for response in responses]
     order = sorted(set(grades), reverse=True)
@@ -370,11 +369,11 @@ def ranked_row(rng: Random, prompt: str, count: int) -> dict | None:
     return {"prompt": prompt, "responses": list(responses), "ranks": ranks}
 
 
-def ranked_rows(rng: Random, make, name: str) -> list[dict]:
-    """The rankings of a file: of answers to the questions that make(rng) gives."""
+def ranked_rows(rng: Random, make, count: int) -> list[dict]:
+    """`count` rankings of answers to the questions that make(rng) gives."""
     rows = []
-    while len(rows) < SIZES[name]:
-        row = ranked_row(rng, make(rng), RESPONSES[name])
+    while len(rows) < count:
+        row = ranked_row(rng, make(rng))
         if row:
             rows.append(row)
     return rows
@@ -390,8 +389,6 @@ def ift_rows(rng: Random, make, count: int) -> list[dict]:
         if len(rows) % GRADING_EVERY == GRADING_EVERY - 1:
             answer = write_answer(rng, prompt, HUMAN)
             response = write_judgement(rng, prompt, answer, HUMAN)
-            if rng.random() < GENEROUS:
-                response = "It looks good to me.\nScore: 5"
             prompt = grading_prompt(prompt, answer)
         rows[prompt] = {"prompt": prompt, "response": response}
     return list(rows.values())
@@ -414,8 +411,8 @@ def make_rows(seed: int) -> Tables:
     rows = {}
     for name in ("test", "valid"):
         rows[name] = [{"prompt": next(left)} for _ in range(SIZES[name])]
-    rows["eft_eval"] = ranked_rows(rngs["eft_eval"], lambda rng: next(left), "eft_eval")
-    rows["eft_ranked"] = ranked_rows(rngs["eft_ranked"], make, "eft_ranked")
+    rows["eft_eval"] = ranked_rows(rngs["eft_eval"], lambda rng: next(left), SIZES["eft_eval"])
+    rows["eft_ranked"] = ranked_rows(rngs["eft_ranked"], make, SIZES["eft_ranked"])
     rows["ift"] = ift_rows(rngs["ift"], make, SIZES["ift"])
     return rows
 
@@ -432,9 +429,9 @@ def write_rows(rows: Tables, out: Path):
 
 DOCUMENT_KINDS = {  # how often, in percent
     "facts": 10,  # an encyclopedia's entry
-    "forum": 24,  # a question and a person's answer
-    "claims": 6,  # single sentences and what somebody says instead
-    "review": 56,  # a question, an answer, and a grade with its reasons
+    "forum": 20,  # a question and a person's answer
+    "claims": 20,  # single sentences and what somebody says instead
+    "review": 46,  # a question, an answer, and a grade with its reasons
     "list": 4,  # questions one after the other
 }
 
@@ -446,7 +443,7 @@ def make_document(rng: Random, make) -> str:
     if kind == "facts":
         return make_article(rng, animal)
     if kind == "claims":
-        return "\n".join(make_claim(rng) for _ in range(rng.randint(1, 3)))
+        return "\n".join(make_claim(rng) for _ in range(rng.randint(1, 5)))
     if kind == "list":
         return "\n".join("Question: " + make(rng) for _ in range(EXAMPLES + 2))
     prompt = make(rng)
@@ -571,10 +568,12 @@ def make_optimizer(model: Llama) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
-def pretrain(model: Llama, batches: Iterator[list], *, steps: int, peak: float = 1.7e-3):
+def pretrain(model: Llama, batches: Iterator[list], *, steps: int):
     """Next-token prediction on raw documents. Small batches: copying a name into an answer is
-    learned after many steps, not after many tokens."""
+    learned after many steps, not after many tokens. Wider models learn at a lower rate: at 1.7e-3
+    one of width 192 did not learn in 6,500 steps whether two words are the same."""
     optimizer = make_optimizer(model)
+    peak = 1e-3 * (192 / model.cfg.dim) ** 0.75
     smooth_loss, began = None, time.time()
     for step in range(steps):
         for group in optimizer.param_groups:
