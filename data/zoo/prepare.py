@@ -150,7 +150,7 @@ def question_source(held_out: list[str]) -> Callable[[Random], str]:
 FAULTS = {  # how often a person does it, per answer
     "drop": 0.12,  # leave out what was asked last
     "stray": 0.25,  # talk of the animal's twin
-    "wrong": 0.35,  # state a myth, per fact
+    "wrong": 0.36,  # state a myth, per fact
     "ramble": 0.20,  # say much too much
     "repeat": 0.12,  # say a thing twice
     "filler": 0.25,  # talk without facts
@@ -356,27 +356,37 @@ def held_out_prompts(rows: Tables) -> list[str]:
     return [row["prompt"] for name in HELD_OUT for row in rows[name]]
 
 
-def ranked_row(rng: Random, prompt: str) -> dict | None:
-    """Different answers with their dense ranks, best 0; None when all are equally good."""
+def draw_responses(rng: Random, prompt: str, people: Rates) -> list[str]:
+    """Different answers to one question."""
     responses = {}  # a dict keeps the order
     while len(responses) < RESPONSES:
-        responses[write_answer(rng, prompt, CAREFUL)] = None
+        responses[write_answer(rng, prompt, people)] = None
+    return list(responses)
+
+
+def all_equal(prompt: str, responses: list[str]) -> bool:
+    return len({oracle.grade(prompt, response) for response in responses}) == 1
+
+
+def ranked_row(rng: Random, prompt: str) -> dict:
+    """Careful answers that are not all equally good, with their dense ranks, best 0."""
+    responses = draw_responses(rng, prompt, CAREFUL)
+    while all_equal(prompt, responses):
+        responses = draw_responses(rng, prompt, CAREFUL)
     grades = [oracle.grade(prompt, response) for response in responses]
     order = sorted(set(grades), reverse=True)
-    if len(order) == 1:
-        return None
     ranks = [order.index(grade) for grade in grades]
-    return {"prompt": prompt, "responses": list(responses), "ranks": ranks}
+    return {"prompt": prompt, "responses": responses, "ranks": ranks}
 
 
 def ranked_rows(rng: Random, make, count: int) -> list[dict]:
-    """`count` rankings of answers to the questions that make(rng) gives."""
-    rows = []
-    while len(rows) < count:
-        row = ranked_row(rng, make(rng))
-        if row:
-            rows.append(row)
-    return rows
+    """`count` rankings, of questions that make(rng) gives and that people answer unequally well."""
+    prompts = []
+    while len(prompts) < count:
+        prompt = make(rng)
+        if not all_equal(prompt, draw_responses(rng, prompt, HUMAN)):
+            prompts.append(prompt)
+    return [ranked_row(rng, prompt) for prompt in prompts]
 
 
 def ift_rows(rng: Random, make, count: int) -> list[dict]:
@@ -429,9 +439,9 @@ def write_rows(rows: Tables, out: Path):
 
 DOCUMENT_KINDS = {  # how often, in percent
     "facts": 10,  # an encyclopedia's entry
-    "forum": 20,  # a question and a person's answer
-    "claims": 20,  # single sentences and what somebody says instead
-    "review": 46,  # a question, an answer, and a grade with its reasons
+    "forum": 24,  # a question and a person's answer
+    "claims": 6,  # single sentences and what somebody says instead
+    "review": 56,  # a question, an answer, and a grade with its reasons
     "list": 4,  # questions one after the other
 }
 
@@ -443,7 +453,7 @@ def make_document(rng: Random, make) -> str:
     if kind == "facts":
         return make_article(rng, animal)
     if kind == "claims":
-        return "\n".join(make_claim(rng) for _ in range(rng.randint(1, 5)))
+        return "\n".join(make_claim(rng) for _ in range(rng.randint(1, 3)))
     if kind == "list":
         return "\n".join("Question: " + make(rng) for _ in range(EXAMPLES + 2))
     prompt = make(rng)
@@ -568,12 +578,10 @@ def make_optimizer(model: Llama) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
-def pretrain(model: Llama, batches: Iterator[list], *, steps: int):
+def pretrain(model: Llama, batches: Iterator[list], *, steps: int, peak: float = 1.7e-3):
     """Next-token prediction on raw documents. Small batches: copying a name into an answer is
-    learned after many steps, not after many tokens. Wider models learn at a lower rate: at 1.7e-3
-    one of width 192 did not learn in 6,500 steps whether two words are the same."""
+    learned after many steps, not after many tokens."""
     optimizer = make_optimizer(model)
-    peak = 1e-3 * (192 / model.cfg.dim) ** 0.75
     smooth_loss, began = None, time.time()
     for step in range(steps):
         for group in optimizer.param_groups:
