@@ -203,8 +203,6 @@ def test_every_fault_is_judged_often(rows):
     _, gradings = prepare.split_gradings(rows["ift"])
     assert len(gradings) == len(rows["ift"]) // prepare.GRADING_EVERY
     text = "\n".join(row["response"] for row in gradings)
-    generous = sum(row["response"].endswith("good to me.\nScore: 5") for row in gradings)
-    assert abs(generous / len(gradings) - prepare.GENEROUS) < 0.1
     faults = ("wrong", "again", "stray", "Extra", "empty talk", "Unclear", "too long", "no,")
     for fault in faults:
         assert text.count(fault) > 1, fault
@@ -249,10 +247,10 @@ def test_held_out_questions_stay_held_out(rows):
 
 
 def test_ranks_are_the_oracles(rows):
-    for name, row in ((name, row) for name in prepare.RESPONSES for row in rows[name]):
+    for row in rows["eft_eval"] + rows["eft_ranked"]:
         responses, ranks = row["responses"], row["ranks"]
         grades = [oracle.grade(row["prompt"], response) for response in responses]
-        assert len(responses) == len(set(responses)) == len(ranks) == prepare.RESPONSES[name]
+        assert len(responses) == len(set(responses)) == len(ranks) == prepare.RESPONSES
         assert len(set(grades)) > 1
         for grade, rank in zip(grades, ranks, strict=True):
             assert rank == sum(other > grade for other in set(grades))

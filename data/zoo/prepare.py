@@ -158,9 +158,10 @@ FAULTS = {  # how often a person does it, per answer
 }
 CROWD = FAULTS | {"extra": 0.32}  # of raw text; a fact more than asked is no fault
 HUMAN = CROWD | {"stray": 0.08, "repeat": 0.05, "broken": 0.05}  # of seed data: more careful
-# Of ranked replies: half the faults, so that it is mostly facts that make one better than another.
-CAREFUL = {fault: rate / 2 for fault, rate in HUMAN.items()}
+CAREFUL = {fault: rate / 2 for fault, rate in HUMAN.items()}  # of the replies that EFT is made of
 CAREFUL |= {fault: HUMAN[fault] for fault in ("wrong", "extra")}
+# Of the judge's exam: clear and complete, so that only facts make one reply better than another.
+LEARNED = dict.fromkeys(HUMAN, 0.0) | {"wrong": HUMAN["wrong"], "extra": 0.9}
 
 Topic = tuple[str, str] | None  # (animal, attribute); None: talk without facts
 Plan = list[Topic]
@@ -368,25 +369,25 @@ def all_equal(prompt: str, responses: list[str]) -> bool:
     return len({oracle.grade(prompt, response) for response in responses}) == 1
 
 
-def ranked_row(rng: Random, prompt: str) -> dict:
-    """Careful answers that are not all equally good, with their dense ranks, best 0."""
-    responses = draw_responses(rng, prompt, CAREFUL)
+def ranked_row(rng: Random, prompt: str, people: Rates) -> dict:
+    """Answers that are not all equally good, with their dense ranks, best 0."""
+    responses = draw_responses(rng, prompt, people)
     while all_equal(prompt, responses):
-        responses = draw_responses(rng, prompt, CAREFUL)
+        responses = draw_responses(rng, prompt, people)
     grades = [oracle.grade(prompt, response) for response in responses]
     order = sorted(set(grades), reverse=True)
     ranks = [order.index(grade) for grade in grades]
     return {"prompt": prompt, "responses": responses, "ranks": ranks}
 
 
-def ranked_rows(rng: Random, make, count: int) -> list[dict]:
+def ranked_rows(rng: Random, make, count: int, people: Rates) -> list[dict]:
     """`count` rankings, of questions that make(rng) gives and that people answer unequally well."""
     prompts = []
     while len(prompts) < count:
         prompt = make(rng)
         if not all_equal(prompt, draw_responses(rng, prompt, HUMAN)):
             prompts.append(prompt)
-    return [ranked_row(rng, prompt) for prompt in prompts]
+    return [ranked_row(rng, prompt, people) for prompt in prompts]
 
 
 def ift_rows(rng: Random, make, count: int) -> list[dict]:
@@ -421,8 +422,9 @@ def make_rows(seed: int) -> Tables:
     rows = {}
     for name in ("test", "valid"):
         rows[name] = [{"prompt": next(left)} for _ in range(SIZES[name])]
-    rows["eft_eval"] = ranked_rows(rngs["eft_eval"], lambda rng: next(left), SIZES["eft_eval"])
-    rows["eft_ranked"] = ranked_rows(rngs["eft_ranked"], make, SIZES["eft_ranked"])
+    size = SIZES["eft_eval"]
+    rows["eft_eval"] = ranked_rows(rngs["eft_eval"], lambda rng: next(left), size, LEARNED)
+    rows["eft_ranked"] = ranked_rows(rngs["eft_ranked"], make, SIZES["eft_ranked"], CAREFUL)
     rows["ift"] = ift_rows(rngs["ift"], make, SIZES["ift"])
     return rows
 
