@@ -28,6 +28,7 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import sys
 import time
 from collections import Counter
@@ -121,6 +122,7 @@ MUTABLE_FIELDS += ["activation_checkpointing", "init", "writer", "data"]
 DATA_FILES = "ift.jsonl eft.jsonl eft_ranked.jsonl eft_eval.jsonl test.jsonl valid.jsonl".split()
 DATA_FILES += ["judge.txt", "propose.txt"]
 WRITER_SAMPLING = {"temperature": 0.6, "top_p": 0.9}  # of new prompts (paper section 2.2)
+MIN_SPEEDUP = 1.2  # of more threads, or fewer are taken
 DEFAULT_MICRO_TOKENS = {"cuda": 16384, "cpu": 2048}
 # Batches of sequences that a process samples between two appends to disk. A kill loses as many;
 # where a chunk ends, all wait for the last text, which costs a GPU as much as a whole batch.
@@ -705,6 +707,8 @@ def open_run(cfg: Config, mesh) -> Run:
     files["init"] = fingerprint_model(Path(cfg.init))
     files["writer"] = fingerprint_model(Path(cfg.writer or cfg.init))
     check_same_run(cfg, folder / "config.json", files)
+    if mesh.size() == 1 and mesh.device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        choose_threads(cfg, folder / "config.json")
     dist.barrier()  # nobody writes before all have read
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -712,7 +716,8 @@ def open_run(cfg: Config, mesh) -> Run:
         if not (folder / "config.json").exists():
             for model_folder in sorted(folder.glob("*/config.json")):
                 log(f"{model_folder.parent}: is there already and taken as it is")
-        write_json(folder / "config.json", asdict(cfg) | {"files": files})
+        threads = torch.get_num_threads()
+        write_json(folder / "config.json", asdict(cfg) | {"threads": threads, "files": files})
     dp_rank, dp_size = mesh["dp"].get_local_rank(), mesh["dp"].size()
     return Run(cfg, folder, data, mesh, mesh.device_type, dp_rank, dp_size)
 
@@ -895,6 +900,41 @@ def init_distributed(cfg: Config):
         # and has no public way to give another (torch 2.13); test_train.py tells if this goes.
         dist.distributed_c10d._set_pg_timeout(timeout, mesh[name].get_group())
     return mesh
+
+
+def choose_threads(cfg: Config, path: Path):
+    """As many threads as one process gains by; a run goes on with those that it began with, since
+    the last bits depend on them. Where others use the cores, one is mostly the fastest: threads
+    wait for each other in every product, and a sleeping one wakes late."""
+    threads = read_json(path).get("threads") if path.exists() else None
+    if not threads:
+        seconds = time_threads(cfg)
+        threads = 1
+        for count, time_taken in seconds.items():
+            if time_taken * MIN_SPEEDUP < seconds[threads]:
+                threads = count
+        if threads < max(seconds):
+            log(f"{threads} of {max(seconds)} threads: more are no faster beside what else runs")
+    torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def time_threads(cfg: Config) -> dict[int, float]:
+    """Seconds that a block of the model takes for a token of 64 rows, as in sampling, by number
+    of threads: 1, 2, 4, ..., all."""
+    block = Llama(replace(read_shape(cfg.init)[0], layers=1, vocab_size=8))
+    tokens = torch.zeros(64, 1, dtype=torch.long)
+    most = torch.get_num_threads()
+    counts = [2**i for i in range(most.bit_length())] + [most]
+    times = {count: [] for count in sorted(set(counts))}
+    end = time.perf_counter() + 1
+    while time.perf_counter() < end:  # in turns, so that what else runs meets all alike
+        for count, taken in times.items():
+            torch.set_num_threads(count)
+            start = time.perf_counter()
+            block(tokens)
+            taken.append(time.perf_counter() - start)
+    return {count: statistics.median(taken) for count, taken in times.items()}
 
 
 def load_model(run: Run, folder):

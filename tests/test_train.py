@@ -1287,7 +1287,65 @@ def test_a_recipe_with_stray_keys_or_types_is_refused(tmp_path, recipe):
 def test_all_knobs_are_saved_with_the_run(whole):
     config = json.loads((whole / "config.json").read_text())
     argv = ["--data", config["data"], "--init", config["init"], "--out", str(whole)]
-    assert config == asdict(train.parse_args(argv)) | {"files": config["files"]}
+    knobs = asdict(train.parse_args(argv))
+    assert config == knobs | {"threads": torch.get_num_threads(), "files": config["files"]}
+
+
+@pytest.mark.parametrize(
+    "seconds, threads",
+    [
+        ({1: 1.0, 2: 0.9}, 1),  # hardly faster is not worth a core
+        ({1: 1.0, 2: 0.7}, 2),
+        ({1: 1.0, 2: 3.0}, 1),  # a busy machine
+        ({1: 1.0, 2: 0.6, 4: 0.4, 6: 0.38}, 4),
+        ({1: 1.0}, 1),
+    ],
+)
+def test_more_threads_are_taken_where_they_are_faster(
+    world, tmp_path, monkeypatch, capsys, seconds, threads
+):
+    monkeypatch.setattr(train, "time_threads", lambda cfg: seconds)
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    train.choose_threads(train.Config(init=str(world.base)), tmp_path / "config.json")
+    assert chosen == [threads]
+    assert (f"{threads} of {max(seconds)} threads" in capsys.readouterr().out) == (
+        threads < max(seconds)
+    )
+
+
+def test_a_run_goes_on_with_the_threads_that_it_began_with(world, tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    path.write_text('{"threads": 3}')
+    monkeypatch.setattr(train, "time_threads", lambda cfg: pytest.fail("timed again"))
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    train.choose_threads(train.Config(init=str(world.base)), path)
+    assert chosen == [3]
+
+
+@pytest.mark.parametrize("most, counts", [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6])])
+def test_threads_are_timed_by_powers_of_two_and_all(world, monkeypatch, most, counts):
+    used = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: most)
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    seconds = train.time_threads(train.Config(init=str(world.base)))
+    assert list(seconds) == counts and used[: len(counts)] == counts
+    assert all(0 < time_taken < 1 for time_taken in seconds.values())
+
+
+def test_one_process_looks_for_threads_unless_told(world, tmp_path):
+    """The shipped command. More than one core is asked for; how many it takes is its matter."""
+    flags = flags_of(world, tmp_path / "run", "--iters", 1, "--sft-epochs", 1)
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", *flags], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    cores = len(os.sched_getaffinity(0))
+    threads = json.loads((tmp_path / "run" / "config.json").read_text())["threads"]
+    assert 1 <= threads <= cores
+    assert (f"{threads} of {cores} threads" in done.stdout) == (threads < cores)
 
 
 FIXED_FIELDS = [field for field in FIELDS if field.name not in train.MUTABLE_FIELDS]
