@@ -6,9 +6,9 @@
 Rows and templates are the ones that train.py reads (formats: README.md here). People are
 simulated: their answers leave things out, state myths, stray, ramble and stumble. Each fault has
 its own rate and is independent of the others, and as often makes an answer too long as too short.
-Judgements recall the truth before each verdict, so that every step of them is a copy, a look-up
-or a comparison. The base reads raw documents only: it never sees the chat format, the judge's
-template or a score.
+A judge answers the question first and compares the given answer with that, sentence by sentence;
+so every step of a judgement is a copy, a look-up or a comparison. The base reads raw documents,
+among them such reviews: it never sees the chat format or the judge's template.
 
 Left out: random draws that do not depend on --seed. (The weights also depend on the machine's
 arithmetic.)
@@ -381,7 +381,7 @@ def ranked_row(rng: Random, prompt: str, people: Rates) -> dict:
 
 
 def ranked_rows(rng: Random, make, count: int, people: Rates) -> list[dict]:
-    """`count` rankings, of questions that make(rng) gives and that people answer unequally well."""
+    """Rankings of `count` questions of make(rng) that people answer unequally well."""
     prompts = []
     while len(prompts) < count:
         prompt = make(rng)
@@ -516,7 +516,7 @@ def train_tokenizer(texts: list[str], path: Path) -> Tokenizer:
 
 
 def shape_of(tok: Tokenizer, dim: int) -> ModelConfig:
-    """Four layers of a width, a multiple of 96; of a head's size, three heads share a key."""
+    """A Llama of four layers, `dim` wide: a multiple of 96, for three heads to a key head."""
     return ModelConfig(
         vocab_size=tok.size,
         dim=dim,
