@@ -786,7 +786,8 @@ def propose(
     num_examples = count_placeholders(template, "the prompt writer's template")
     template_tokens = len(tok.encode_with_bos(template))
     max_example_tokens = (max_request_tokens - template_tokens) // num_examples
-    short_seeds = [p for p in seeds if len(tok.encode(p)) <= max_example_tokens]
+    one_line = [p for p in seeds if "\n" not in p]  # as what is read of a new prompt
+    short_seeds = [p for p in one_line if len(tok.encode(p)) <= max_example_tokens]
     if len(short_seeds) < num_examples:
         raise UserError(
             f"the prompt writer's template has {num_examples} places, and {len(short_seeds)} of "

@@ -45,6 +45,10 @@ from typing import NamedTuple
 # sleep at once costs 40 %.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+# oneDNN keeps what it compiles for a size of product. Sizes seldom come twice, and a thousand of
+# them, its default, fill half a gigabyte in every process.
+os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 # Sampling and training want blocks of other sizes; a GPU's memory is not to be split by them.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 

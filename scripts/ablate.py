@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from judge import MAX_SCORE, mean_scores, parse_score
+from judge import MAX_SCORE, mean_scores
 from model import UserError, atomic_write, read_json, write_json
 from sample import read_jsonl, run_command, write_jsonl
 from scripts.report import evaluate_judges, load_oracle, mean, run_models
@@ -93,39 +93,6 @@ def make_positive_data(data: Path, full_run: Path, out: Path):
     positives = best_responses(full_run)
     write_jsonl(out / "positives.jsonl", positives)  # for the table; train.py does not read it
     write_jsonl(out / "ift.jsonl", seed_rows + positives)
-
-
-JUDGE = (
-    "Pick one grade for the answer. 1: off the question, or nothing in it is right. "
-    "2: much is wrong or not there. 3: of use, but some of it is wrong or not there. "
-    "4: a good answer, one thing is wrong or not there. 5: all that was asked, right and clear, "
-    "and one more right fact. Explain in one sentence, then end with the line Score: <n>\n"
-    "Question: {prompt}\n"
-    "Answer: {response}\n"
-)
-GRADES = {
-    1: "It is off the question, or nothing in it is right.",
-    2: "Much is wrong or not there.",
-    3: "It is of use, but some of it is wrong or not there.",
-    4: "It is a good answer, but one thing is wrong or not there.",
-    5: "It has all that was asked, right and clear, and one more right fact.",
-}
-
-
-def multiple_choice(judgement: str) -> str:
-    """The same verdict by a judge who picks one of five grades (paper, figure 7): one sentence in
-    place of the five criteria. The format begins at 1, so a 0 becomes a 1."""
-    grade = max(1, round(parse_score(judgement)))
-    return f"{GRADES[grade]}\nScore: {grade}"
-
-
-def make_multiple_choice_data(data: Path, full_run: Path, out: Path):
-    """The data folder again, with another judge.txt and judgements to match in eft.jsonl."""
-    copy_data(data, out)
-    rows = read_jsonl(data / "eft.jsonl", "judgement")
-    rows = [row | {"judgement": multiple_choice(row["judgement"])} for row in rows]
-    write_jsonl(out / "eft.jsonl", rows)
-    atomic_write(out / "judge.txt", JUDGE)
 
 
 # ---- the variants ----------------------------------------------------------------------------
@@ -211,19 +178,6 @@ VARIANTS = [
         paper="not tried; it takes 4",
         iters=2,
         opponent="M2",
-    ),
-    Variant(
-        name="multiple-choice",
-        flags="",
-        first="M1/config.json",
-        paper="the judge without EFT data orders 26.6 % of pairs right, "
-        "with the additive prompt 65.1 % (table 5)",
-        note="judge.txt has five grades to pick from",
-        remark="`multiple-choice` judges the held-out rankings with its own template, whose "
-        "scores begin at 1: judgements of 0 became 1. Its judgements name a grade and do not "
-        "recall facts, so it loses those as well.",
-        same_judge=False,
-        make_data=make_multiple_choice_data,
     ),
     Variant(
         name="five-iterations",

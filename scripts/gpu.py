@@ -148,7 +148,7 @@ def zoo(setup: Setup):
         data.mkdir()
         for name in ("recipe.json", "judge.txt", "propose.txt"):
             shutil.copy(Path("data/zoo") / name, data)
-        counts = {"ift": setup.pick(200, 24), "eft": setup.pick(2000, 24), "test": 8}
+        counts = {"ift": setup.pick(1600, 24), "test": 8}  # gradings among them
         for name, count in counts.items():
             rows = sample.read_jsonl(Path("data/zoo") / f"{name}.jsonl")
             sample.write_jsonl(data / f"{name}.jsonl", rows[:count])

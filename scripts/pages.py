@@ -132,10 +132,7 @@ def quality_table(models: dict[str, dict]) -> Table:
     for name, model in models.items():
         rates = [percent(model["criteria"][criterion]) for criterion in criteria]
         rows.append((name, model["true_mean"], *rates))
-    note = (
-        "The percentages: answers that earn each point. Points are given one by one, so an answer "
-        "that misses what was asked can still earn others (oracle.py says what each takes)."
-    )
+    note = "The percentages: answers that earn each point (oracle.py says what each takes)."
     title = (
         f"True score of the answers to the test prompts by the oracle (means, 0 to {MAX_SCORE})"
     )

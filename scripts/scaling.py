@@ -1,7 +1,7 @@
 """scripts/scaling.py: bases of several widths, five iterations -> one table and one figure.
 
-    python -m scripts.scaling                                   widths 80, 160, 320, seeds 0, 1, 2
-    python -m scripts.scaling --dims 80 --seeds 0 --steps 2000 --args "--prompts 60" --out runs/try
+    python -m scripts.scaling                                   widths 96, 192, 288, seeds 0, 1, 2
+    python -m scripts.scaling --dims 96 --seeds 0 --steps 2000 --args "--prompts 60" --out runs/try
 
 They show what a larger base gains, where iterations cease to gain, and whether the judge or the
 answers give out first. A base is the zoo's own if that has the width; else data.zoo.prepare makes
@@ -162,7 +162,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     figure = Path("docs/figures/scaling.svg")
     parser.set_defaults(workers=2)
-    add("--dims", type=int, nargs="+", default=[80, 160, 320], help="widths of the bases")
+    add("--dims", type=int, nargs="+", default=[96, 192, 288], help="widths of the bases")
     add("--iters", type=int, default=5, help="models to make, SFT not counted")
     add("--steps", type=int, help="training steps of a base (default: those of the zoo's)")
     add("--figure", type=Path, default=figure, help="where to write it")

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 import judge
 import train
-from model import Tokenizer, UserError, load, read_json, write_json
+from model import UserError, load, read_json, write_json
 from sample import read_jsonl
 from scripts import ablate
 from scripts.ablate import FULL, VARIANTS, write_jsonl
@@ -124,34 +124,6 @@ def test_the_positive_folder_differs_in_its_seed_data_alone(tmp_path, monkeypatc
     rows = read_jsonl(tmp_path / "data" / "ift.jsonl")
     assert rows == read_jsonl(ZOO / "ift.jsonl") + best
     assert ablate.count_examples(tmp_path / "positive-0", tmp_path / "data") == {"M1": 1}
-
-
-def test_multiple_choice_keeps_the_verdict_and_has_one_sentence_for_its_reasons():
-    judgement = "Relevance: yes, 1. Score: 2\nCoverage: no, 1.\nScore: 4"
-    assert ablate.multiple_choice(judgement) == ablate.GRADES[4] + "\nScore: 4"
-    for row in read_jsonl(ZOO / "eft.jsonl")[:600]:
-        text = ablate.multiple_choice(row["judgement"])
-        assert judge.parse_score(text) == max(1, judge.parse_score(row["judgement"]))
-        assert "truth" not in text and text.count("\n") == 1
-    assert len(set(ablate.GRADES.values())) == 5
-
-
-def test_the_multiple_choice_folder_differs_in_the_judge_alone(tmp_path):
-    ablate.make_multiple_choice_data(ZOO, tmp_path / "full-0", tmp_path / "data")
-    assert changed_files(ZOO, tmp_path / "data") == {"eft.jsonl", "judge.txt"}
-    rows = read_jsonl(tmp_path / "data" / "eft.jsonl")
-    for row, old in zip(rows, read_jsonl(ZOO / "eft.jsonl"), strict=True):
-        assert (row["prompt"], row["response"]) == (old["prompt"], old["response"])
-    scores = {judge.parse_score(row["judgement"]) for row in rows}
-    assert scores == {1, 2, 3, 4, 5}
-    template = judge.read_template(tmp_path / "data" / "judge.txt")
-    tok = Tokenizer(ZOO / "base" / "tokenizer.model")
-    longest = 0
-    for row in rows[:600]:
-        prompt = judge.judge_prompt(template, row["prompt"], row["response"])
-        longest = max(longest, len(tok.chat(prompt)))
-    context = read_json(ZOO / "base" / "config.json")["max_position_embeddings"]
-    assert longest + read_json(ZOO / "recipe.json")["max_judgement"] <= context
 
 
 # ---- intervals -------------------------------------------------------------------------------
@@ -609,24 +581,15 @@ def test_the_controls_are_finished_runs_that_the_same_command_leaves_alone(world
 
 # ---- what a variant copies from the full run -------------------------------------------------
 
-TINY_JUDGE = "Pick a grade.\n{prompt}\nAnswer: {response}\n"
-TINY_GRADES = {1: "It is bad."} | dict.fromkeys(range(2, 6), "It is fine.")
 
-
-@pytest.mark.parametrize("name", ["votes-1", "candidates-8", "multiple-choice", "five-iterations"])
+@pytest.mark.parametrize("name", ["votes-1", "candidates-8", "five-iterations"])
 def test_a_variant_copies_all_that_it_shares_and_ends_as_if_it_had_copied_nothing(
-    world, whole, tmp_path, monkeypatch, name
+    world, whole, tmp_path, name
 ):
     v = BY_NAME[name]
     flags = ("--iters", v.iters, *v.flags.split())
-    data = world.data
-    if v.make_data:
-        data = tmp_path / "data"
-        monkeypatch.setattr(ablate, "JUDGE", TINY_JUDGE)  # few tokens in this world
-        monkeypatch.setattr(ablate, "GRADES", TINY_GRADES)
-        v.make_data(world.data, whole, data)
     alone, run = tmp_path / "alone", tmp_path / "run"
-    tiny.run(world, alone, *flags, data=data)
+    tiny.run(world, alone, *flags)
     same = same_files(alone, whole) - {"config.json", "metrics.jsonl"}
     first = v.first.replace("config.json", "model.safetensors")
     assert first not in same  # what comes later may still be the same, by chance
@@ -636,5 +599,5 @@ def test_a_variant_copies_all_that_it_shares_and_ends_as_if_it_had_copied_nothin
     assert copies == {f for f in same if ablate.write_order(f) < ablate.write_order(v.first)}
     models = {file.split("/")[0] for file in copies if file.endswith("/config.json")}
     assert models == {row["model"] for row in tiny.read_metrics(run)}
-    tiny.run(world, run, *flags, data=data)
+    tiny.run(world, run, *flags)
     tiny.assert_same(tiny.products(run), tiny.products(alone))

@@ -1164,14 +1164,16 @@ ZOO = ROOT / "data" / "zoo"
 
 def test_the_oracle_gives_the_reports_head_to_head(tmp_path, capsys, out):
     """Answers of the zoo's people against the same answers, each to the next prompt."""
-    ift = [json.loads(line) for line in (ZOO / "ift.jsonl").read_text().splitlines()[:60]]
+    rows = [json.loads(line) for line in (ZOO / "ift.jsonl").read_text().splitlines()]
+    ift = [row for row in rows if not row["prompt"].startswith("Grade this")][:60]
     folder = tmp_path / "run"
-    for name, shift in (("SFT", 1), ("M1", 0)):
+    for name in ("SFT", "M1"):
         (folder / name).mkdir(parents=True)
         (folder / name / "config.json").write_text("{}")
         lines = []
         for i, row in enumerate(ift):
-            answer = {"prompt": row["prompt"], "response": ift[i - shift]["response"]}
+            astray = (name == "SFT") == (i % 4 > 0)  # in one prompt of four it is M1
+            answer = {"prompt": row["prompt"], "response": ift[i - astray]["response"]}
             lines.append(json.dumps(answer | {"tokens": [1], "truncated": False}) + "\n")
         (folder / name / "test.jsonl").write_text("".join(lines))
     (folder / "config.json").write_text(json.dumps({"data": str(ZOO)}))

@@ -99,14 +99,9 @@ SAYINGS = {  # two phrasings of each fact
     "young": ("{S} raises a {v}.", "{S} cares for its {v}."),
 }
 FILLERS = (
-    "I am not sure about this.",
-    "What a nice thing to ask.",
     "Animals are great fun.",
-    "Let me think for a moment.",
     "Most people know this well.",
     "I hope that helps you.",
-    "There is much more to say.",
-    "Some say other things.",
 )
 
 
@@ -122,6 +117,16 @@ def make_myths() -> dict[str, dict[str, str]]:
 
 
 MYTHS = make_myths()
+
+
+def make_twins() -> dict[str, str]:
+    """For each animal another one that people take it for."""
+    animals = list(ANIMALS)
+    random.Random("twins of the zoo").shuffle(animals)
+    return dict(zip(animals, animals[1:] + animals[:1], strict=True))
+
+
+TWINS = make_twins()
 
 # ---- the questions ---------------------------------------------------------------------------
 
@@ -143,17 +148,9 @@ NAMED = (  # one to three attributes by name
     "I want to know {attrs} of {animals}.",
 )
 COMPARE = ("Compare {animals} by {attrs}.", "How do {animals} differ in {attrs}?")
-OPEN = (  # any three facts will do
-    "Tell me about {animals}.",
-    "Write a short note on {animals}.",
-    "What do you know about {animals}?",
-    "Give me three facts about {animals}.",
-    "Introduce {animals} to a child.",
-)
-OPEN_FACTS = 3
 SPARE_FACTS = 2  # an answer with more sentences than were asked and these is too long
 
-Ask = tuple[tuple[str, ...], tuple[str, ...] | None]  # animals, attributes; None: an open question
+Ask = tuple[tuple[str, ...], tuple[str, ...]]  # animals, attributes
 
 
 def one_of(words) -> str:
@@ -191,7 +188,7 @@ def statement_regex(attr: str, saying: str) -> re.Pattern:
     return re.compile(text.replace(r"\{v\}", value))
 
 
-QUESTIONS = [question_regex(pattern) for pattern in NAMED + COMPARE + OPEN]
+QUESTIONS = [question_regex(pattern) for pattern in NAMED + COMPARE]
 DIRECT_QUESTIONS = [
     (attr, direct_regex(pattern)) for attr, patterns in DIRECT.items() for pattern in patterns
 ]
@@ -203,7 +200,7 @@ STATEMENTS = [
 
 
 def parse_prompt(text: str) -> Ask | None:
-    """What is asked: (animals, attributes), attributes None for an open question.
+    """What is asked: (animals, attributes).
 
     "Where does the otter live and what does it eat?"  ->  (("otter",), ("home", "food"))
     None if the text is not understood.
@@ -220,8 +217,6 @@ def read_lists(match: re.Match) -> Ask:
     """The animals and attributes that a question lists, each once, in its order."""
     groups = match.groupdict()
     animals = tuple(dict.fromkeys(re.findall(ANIMAL, groups["animals"])))
-    if "attrs" not in groups:
-        return animals, None
     return animals, tuple(dict.fromkeys(re.findall(ATTR, groups["attrs"])))
 
 
@@ -273,7 +268,7 @@ SUBJECT = re.compile(rf"(?:The (?P<animal>{ANIMAL})|It)\b")
 
 def num_asked(ask: Ask) -> int:
     animals, attrs = ask
-    return OPEN_FACTS if attrs is None else len(animals) * len(attrs)
+    return len(animals) * len(attrs)
 
 
 def role_of(fact: tuple[str, str], earlier: list[tuple[str, str]], ask: Ask) -> str:
@@ -284,11 +279,7 @@ def role_of(fact: tuple[str, str], earlier: list[tuple[str, str]], ask: Ask) -> 
         return "again"
     if animal not in animals:
         return "stray"
-    if attrs is not None:
-        return "asked" if attr in attrs else "extra"
-    # The first three distinct facts are what an open question asks for; more is extra.
-    num_on_topic = sum(animal in animals for animal, _ in set(earlier))
-    return "asked" if num_on_topic < OPEN_FACTS else "extra"
+    return "asked" if attr in attrs else "extra"
 
 
 def read_answer(response: str, ask: Ask) -> list[Fact | str]:
@@ -317,26 +308,24 @@ def read_answer(response: str, ask: Ask) -> list[Fact | str]:
 def covers(facts: list[Fact], ask: Ask) -> bool:
     """Do the facts hold all that was asked?"""
     animals, attrs = ask
-    if attrs is None:
-        return sum(fact.role == "asked" for fact in facts) == OPEN_FACTS
     topics = {(fact.animal, fact.attr) for fact in facts}
     return all((animal, attr) in topics for animal in animals for attr in attrs)
 
 
 def judge_items(items: list[Fact | str], ask: Ask) -> dict[str, int]:
-    """The five criteria, 0 or 1 each. An answer that states nothing earns nothing."""
+    """The five criteria, 0 or 1 each. An answer that states nothing of what was asked earns
+    nothing, and one that leaves a part of it out earns no more than its relevance."""
     facts = [item for item in items if isinstance(item, Fact)]
-    if not facts:
-        return dict.fromkeys(CRITERIA, 0)
     roles = [fact.role for fact in facts]
-    only_facts = len(items) == len(facts)
+    covered = covers(facts, ask)
     short = len(items) <= num_asked(ask) + SPARE_FACTS
+    clear = len(items) == len(facts) and short and "again" not in roles
     points = {
-        "relevance": "stray" not in roles,
-        "coverage": covers(facts, ask),
-        "usefulness": all(fact.right for fact in facts),
-        "clarity": only_facts and short and "again" not in roles,
-        "expertise": any(fact.role == "extra" and fact.right for fact in facts),
+        "relevance": "asked" in roles and "stray" not in roles,
+        "coverage": covered,
+        "usefulness": covered and all(fact.right for fact in facts),
+        "clarity": covered and clear,
+        "expertise": covered and any(fact.role == "extra" and fact.right for fact in facts),
     }
     return {name: int(point) for name, point in points.items()}
 

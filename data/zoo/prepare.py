@@ -6,9 +6,9 @@
 Rows and templates are the ones that train.py reads (formats: README.md here). People are
 simulated: their answers leave things out, state myths, stray, ramble and stumble. Each fault has
 its own rate and is independent of the others, and as often makes an answer too long as too short.
-Judgements recall the truth before each verdict, so that every step of them is a copy, a look-up
-or a comparison. The base reads raw documents only: it never sees the chat format, the judge's
-template or a score.
+A judge answers the question first and compares the given answer with that, sentence by sentence;
+so every step of a judgement is a copy, a look-up or a comparison. The base reads raw documents,
+among them such reviews: it never sees the chat format or the judge's template.
 
 Left out: random draws that do not depend on --seed. (The weights also depend on the machine's
 arithmetic.)
@@ -30,7 +30,18 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from data.zoo import oracle
-from data.zoo.oracle import ANIMALS, ATTRS, FACTS, FILLERS, MYTHS, SAYINGS, VALUES, Ask, Fact
+from data.zoo.oracle import (
+    ANIMALS,
+    ATTRS,
+    FACTS,
+    FILLERS,
+    MYTHS,
+    SAYINGS,
+    TWINS,
+    VALUES,
+    Ask,
+    Fact,
+)
 from dpo import IGNORE
 from model import Llama, ModelConfig, Tokenizer, load, save
 from sample import generate
@@ -38,14 +49,15 @@ from sample import generate
 SIZES = {  # rows of each file
     "test": 512,
     "valid": 128,
-    "eft_eval": 96,
-    "eft_ranked": 96,
-    "ift": 1000,
-    "eft": 6000,
+    "eft_eval": 384,
+    "eft_ranked": 900,
+    "ift": 3200,
 }
 HELD_OUT = ("test", "valid", "eft_eval")
-RESPONSES = 4  # per ranked prompt
+RESPONSES = 3  # per ranked prompt
+GRADING_EVERY = 20  # rows of ift.jsonl: in one of so many somebody asks for a grade
 EXAMPLES = 8  # questions that the writer of new prompts is shown
+HEAD_DIM = 32  # what fast attention kernels take: 32 or 64
 VOCABULARY = 1024
 
 Tables = dict[str, list[dict]]  # the rows of each file
@@ -53,9 +65,8 @@ Rates = dict[str, float]  # how often each fault is made
 Items = list[Fact | str]  # what oracle.py reads in an answer
 
 JUDGE = (
-    "Grade the answer, one point each: relevance, only the animals asked; coverage, all that was "
-    "asked; usefulness, no wrong fact; clarity, no empty talk or repeats; expertise, one more "
-    "right fact. Explain, then end with the line Score: <n>\n"
+    "Grade this answer, one point each for relevance, coverage, usefulness, clarity, expertise. "
+    "Explain, then end with the line Score: <n>\n"
     "Question: {prompt}\n"
     "Answer: {response}\n"
 )
@@ -65,11 +76,10 @@ PROPOSE = "".join(f"Question: {place}\n" for place in PLACEHOLDERS) + "Question:
 # ---- questions -------------------------------------------------------------------------------
 
 QUESTION_KINDS = {  # how often, in percent
-    "one": 18,  # one attribute of an animal
-    "two": 24,
-    "three": 24,
-    "compare": 22,  # one attribute of two animals
-    "open": 12,  # any facts about an animal
+    "one": 22,  # one attribute of an animal
+    "two": 28,
+    "three": 26,
+    "compare": 24,  # one attribute of two animals
 }
 
 
@@ -82,12 +92,10 @@ def enumerate_words(words: list[str], article: str = "the ") -> str:
 
 
 def make_question(rng: Random) -> str:
-    """A question of one of oracle.py's patterns: one to three attributes, two animals, or open."""
+    """A question of one of oracle.py's patterns: one to three attributes, or two animals."""
     kind = draw_kind(rng, QUESTION_KINDS)
     animals = enumerate_words(rng.sample(ANIMALS, 2 if kind == "compare" else 1))
     attrs = rng.sample(ATTRS, {"two": 2, "three": 3}.get(kind, 1))
-    if kind == "open":
-        return rng.choice(oracle.OPEN).format(animals=animals)
     if kind in ("one", "two") and rng.random() < 0.7:
         return make_direct_question(rng, animals, attrs)
     if kind == "compare" and rng.random() < 0.6:
@@ -109,12 +117,10 @@ def draw_kind(rng: Random, weights: dict[str, int]) -> str:
 
 
 def key_of(ask: Ask):
-    """What is asked, in whatever words. None for one fact or an open question: these are few, so
-    that only their words can be held out."""
+    """What is asked, in whatever words. None for one fact: these are few, so that only their
+    words can be held out."""
     animals, attrs = ask
-    if attrs is None or oracle.num_asked(ask) == 1:
-        return None
-    return frozenset(animals), frozenset(attrs)
+    return None if oracle.num_asked(ask) == 1 else (frozenset(animals), frozenset(attrs))
 
 
 def make_held_out(rng: Random, count: int) -> list[str]:
@@ -142,65 +148,44 @@ def question_source(held_out: list[str]) -> Callable[[Random], str]:
 # ---- answers of people -----------------------------------------------------------------------
 
 FAULTS = {  # how often a person does it, per answer
-    "drop": 0.34,  # leave out something that was asked
-    "stray": 0.23,  # talk of another animal
-    "wrong": 0.04,  # state a myth, per fact
-    "believed": 0.45,  # the same where the myth is widely believed
+    "drop": 0.12,  # leave out what was asked last
+    "stray": 0.25,  # talk of the animal's twin
+    "wrong": 0.36,  # state a myth, per fact
     "ramble": 0.20,  # say much too much
     "repeat": 0.12,  # say a thing twice
-    "filler": 0.14,  # talk without facts
-    "broken": 0.12,  # spoil a sentence
+    "filler": 0.25,  # talk without facts
+    "broken": 0.10,  # spoil a sentence
 }
-HUMAN = FAULTS | {"extra": 0.32}  # a fact more than asked is no fault
+CROWD = FAULTS | {"extra": 0.32}  # of raw text; a fact more than asked is no fault
+HUMAN = CROWD | {"stray": 0.08, "repeat": 0.05, "broken": 0.05}  # of seed data: more careful
+CAREFUL = {fault: rate / 2 for fault, rate in HUMAN.items()}  # of the replies that EFT is made of
+CAREFUL |= {fault: HUMAN[fault] for fault in ("wrong", "extra")}
+# Of the judge's exam: clear and complete, so that only facts make one reply better than another.
+LEARNED = dict.fromkeys(HUMAN, 0.0) | {"wrong": HUMAN["wrong"], "extra": 0.9}
 
 Topic = tuple[str, str] | None  # (animal, attribute); None: talk without facts
 Plan = list[Topic]
 
 
-def choose_beliefs() -> set[tuple[str, str]]:
-    """Facts whose myth is widely believed: what people say most often is then not what is true.
-    So a model of people stays wrong however sure it is of its words."""
-    facts = [(animal, attr) for animal in ANIMALS for attr in ATTRS]
-    return set(Random("beliefs").sample(facts, len(facts) * 2 // 5))
-
-
-BELIEVED = choose_beliefs()
-
-
 def plan_answer(rng: Random, ask: Ask, rates: Rates) -> Plan:
     """What to talk about, sentence by sentence, with the faults of `rates`."""
-    topics = choose_topics(rng, ask)
+    topics = [(animal, attr) for animal in ask[0] for attr in ask[1]]
     plan = list(topics)
     if rng.random() < rates["drop"]:
-        drop_topics(rng, plan, topics, ask)
-    if rng.random() < rates["extra"]:
+        plan.pop()
+    if not plan or rng.random() < rates["extra"]:
         for _ in range(rng.choice((1, 1, 1, 2))):
-            insert_topic(rng, plan, new_topic(rng, plan, topics, ask))
+            plan.append(new_topic(rng, plan, topics, ask))
     if rng.random() < rates["ramble"]:
         ramble(rng, plan, topics, ask)
     if rng.random() < rates["repeat"]:
-        insert_topic(rng, plan, rng.choice(plan))
-    if rng.random() < rates["filler"]:
-        anywhere = rng.randint(0, len(plan))
-        plan.insert(rng.choice((0, len(plan), anywhere)), None)
+        again = rng.randrange(len(plan))
+        plan.insert(again, plan[again])
     if rng.random() < rates["stray"]:
         stray(rng, plan, ask)
+    if rng.random() < rates["filler"]:
+        plan.insert(rng.choice((0, len(plan))), None)
     return plan
-
-
-def choose_topics(rng: Random, ask: Ask) -> Plan:
-    """All that was asked; for an open question any of the animal's facts."""
-    animals, attrs = ask
-    topics = []
-    for animal in animals:
-        for attr in attrs or rng.sample(ATTRS, oracle.OPEN_FACTS):
-            topics.append((animal, attr))
-    return topics
-
-
-def insert_topic(rng: Random, plan: Plan, topic: Topic):
-    """Insert it anywhere but in front of the first."""
-    plan.insert(rng.randint(min(1, len(plan)), len(plan)), topic)
 
 
 def new_topic(rng: Random, plan: Plan, topics: Plan, ask: Ask) -> Topic:
@@ -210,205 +195,158 @@ def new_topic(rng: Random, plan: Plan, topics: Plan, ask: Ask) -> Topic:
     return rng.choice(new_facts or plan)
 
 
-def drop_topics(rng: Random, plan: Plan, topics: Plan, ask: Ask):
-    """Leave out one or two of the topics; where nothing is left, say something else."""
-    plan.pop(rng.randrange(len(plan)))
-    if len(plan) > 1 and rng.random() < 0.3:
-        plan.pop(rng.randrange(len(plan)))
-    if not plan:
-        topic = new_topic(rng, plan, topics, ask) if rng.random() < 0.6 else None
-        plan.append(topic)
-
-
 def ramble(rng: Random, plan: Plan, topics: Plan, ask: Ask):
-    """Go on until the answer is too long, with more facts or with facts, repeats and fillers."""
-    is_mixed = rng.random() < 0.4
-    length = len(topics) + oracle.SPARE_FACTS + rng.choice((1, 2, 3))
-    for _ in range(length - len(plan)):
-        topic = new_topic(rng, plan, topics, ask)
-        if is_mixed:
-            topic = rng.choice((topic, rng.choice(plan), None))
-        insert_topic(rng, plan, topic)
+    """Go on until the answer is too long."""
+    length = len(topics) + oracle.SPARE_FACTS + rng.choice((1, 2))
+    while len(plan) < length:
+        plan.append(new_topic(rng, plan, topics, ask))
 
 
 def stray(rng: Random, plan: Plan, ask: Ask):
-    """Say one thing of another animal, or go on about that one from some sentence on."""
-    other = rng.choice([animal for animal in ANIMALS if animal not in ask[0]])
+    """Say one thing of the animal's twin, or go on about that one from some sentence on."""
+    twin = TWINS[ask[0][-1]]
     if rng.random() < 0.5:
-        insert_topic(rng, plan, (other, rng.choice(ATTRS)))
+        plan.append((twin, rng.choice(ask[1])))
         return
     for i in range(rng.randrange(len(plan)), len(plan)):
-        if plan[i]:
-            plan[i] = (other, plan[i][1])
+        plan[i] = (twin, plan[i][1])
 
 
 def break_sentence(rng: Random, sentence: str) -> str:
     """Spoil a sentence as a hasty writer does."""
     words = sentence.split(" ")
     i = rng.randrange(1, len(words))
-    kind = rng.choice(("missing", "doubled", "cut", "stop", "nonsense"))
+    kind = rng.choice(("missing", "doubled", "cut"))
     if kind == "missing":
         words.pop(i)
     elif kind == "doubled":
         words.insert(i, words[i].rstrip("."))
-    elif kind == "cut":
-        del words[i:]
-    elif kind == "stop":
-        words[-1] += "."
     else:
-        words[-1] = rng.choice(VALUES[rng.choice(ATTRS)]) + "."
+        del words[i:]
     return " ".join(words)
 
 
-def choose_errors(rng: Random, plan: Plan, rates: Rates) -> set[Topic]:
-    """The topics of the plan about which this person is wrong."""
-    errors = set()
-    for topic in plan:
-        rate = rates["believed" if topic in BELIEVED else "wrong"]
-        if rng.random() < rate:
-            errors.add(topic)
-    return errors
-
-
-def choose_value(rng: Random, topic: Topic, is_wrong: bool) -> str:
-    """The truth; or what is told instead of it: a myth, sometimes anything else."""
+def believe(rng: Random, topic: Topic, rates: Rates) -> str:
+    """What this person takes for true: the truth, or a myth, rarely anything else."""
     animal, attr = topic
-    truth = FACTS[animal][attr]
-    if not is_wrong:
-        return truth
-    if rng.random() < 0.15:
-        return rng.choice([value for value in VALUES[attr] if value != truth])
-    return MYTHS[animal][attr]
+    if rng.random() >= rates["wrong"]:
+        return FACTS[animal][attr]
+    return MYTHS[animal][attr] if rng.random() < 0.85 else rng.choice(VALUES[attr])
+
+
+def write_facts(rng: Random, plan: Plan, beliefs: dict[Topic, str]) -> list[str]:
+    """A sentence for every topic of a plan."""
+    sentences, last_topic = [], None
+    for topic in plan:
+        if topic is None:
+            sentences.append(rng.choice(FILLERS))
+            continue
+        if topic == last_topic:  # said again, in the same words
+            sentences.append(sentences[-1])
+            continue
+        animal, attr = topic
+        subject = "The " + animal
+        if last_topic and animal == last_topic[0] and rng.random() < 0.85:
+            subject = "It"
+        sentences.append(rng.choice(SAYINGS[attr]).format(S=subject, v=beliefs[topic]))
+        last_topic = topic
+    return sentences
 
 
 def write_answer(rng: Random, prompt: str, rates: Rates) -> str:
     """An answer as a person gives it, with faults at the given rates."""
     plan = plan_answer(rng, oracle.parse_prompt(prompt), rates)
-    errors = choose_errors(rng, plan, rates)
-    sentences, last_animal = [], None
-    for topic in plan:
-        if topic is None:
-            sentences.append(rng.choice(FILLERS))
-            continue
-        animal, attr = topic
-        value = choose_value(rng, topic, topic in errors)
-        subject = "The " + animal
-        if animal == last_animal and rng.random() < 0.85:
-            subject = "It"
-        sentences.append(rng.choice(SAYINGS[attr]).format(S=subject, v=value))
-        last_animal = animal
+    beliefs = {topic: believe(rng, topic, rates) for topic in plan if topic}
+    sentences = write_facts(rng, plan, beliefs)
     if rng.random() < rates["broken"]:
         i = rng.randrange(len(sentences))
         sentences[i] = break_sentence(rng, sentences[i])
     return " ".join(sentences)
 
 
-def write_varied(rng: Random, prompt: str) -> str:
-    """An answer from hopeless to perfect: what a judge must be able to tell apart."""
-    kind = rng.random()
-    if kind < 0.04:
-        return write_empty(rng)
-    if kind < 0.30:
-        return write_answer(rng, prompt, HUMAN)
-    if kind < 0.72:
-        scale = rng.uniform(0.2, 1.9)
-        rates = {fault: rate * scale for fault, rate in FAULTS.items()}
-        rates["extra"] = rng.uniform(0, 0.6)
-        return write_answer(rng, prompt, rates)
-    rates = dict.fromkeys(FAULTS, 0.0) | {"extra": 0.5}
-    rates[rng.choice(("ramble", "ramble", "ramble", *FAULTS))] = 0.4
-    return write_answer(rng, prompt, rates)
-
-
-def write_empty(rng: Random) -> str:
-    """An answer without a fact."""
-    count = rng.choice((1, 2))
-    text = " ".join(rng.sample(FILLERS, count))
-    first_sentence = text.split(".")[0] + "."
-    return rng.choice((text, break_sentence(rng, first_sentence)))
-
-
 # ---- judgements ------------------------------------------------------------------------------
 
 
-def names_of(ask: Ask) -> list[str]:
-    """What was asked, one name per fact: ["otter home", "otter food"], or ["3 otter facts"]."""
-    animals, attrs = ask
-    if attrs is None:
-        return [f"{oracle.OPEN_FACTS} {' '.join(animals)} facts"]
-    return [f"{animal} {attr}" for animal in animals for attr in attrs]
+class Views(dict):
+    """What somebody takes for true, topic by topic, decided when it is first needed."""
+
+    def __init__(self, rng: Random, rates: Rates):
+        super().__init__()
+        self.rng, self.rates = rng, rates
+
+    def __missing__(self, topic: Topic) -> str:
+        self[topic] = believe(self.rng, topic, self.rates)
+        return self[topic]
 
 
-def check(item: Fact | str, with_role: bool = True) -> str:
-    """Recall the truth, then compare: "otter home woods, truth rivers, wrong"."""
+def sentences_of(response: str) -> list[str]:
+    return list(filter(None, map(str.strip, oracle.SENTENCE.findall(response))))
+
+
+def check(sentence: str, item: Fact | str, views: Views) -> str:
+    """A sentence of an answer, its part in it, and what the judge says instead: "It eats fish.
+    Asked, I say mice, wrong." """
     if isinstance(item, str):
-        return item
-    verdict = "right" if item.right else "wrong"
-    text = f"{item.animal} {item.attr} {item.value}, truth {item.truth}, {verdict}"
-    if with_role and item.role != "asked":
-        text += ", " + item.role
-    return text
-
-
-def review(prompt: str, response: str) -> str:
-    """The first half of a judgement: what was asked, what was given, and is it true."""
-    ask = oracle.parse_prompt(prompt)
-    items = oracle.read_answer(response, ask)
-    names = ", ".join(names_of(ask))
-    checks = "; ".join(map(check, items)) or "nothing"
-    lengths = f"Sentences {len(items)}, asked {oracle.num_asked(ask)}."
-    return f"Asked: {names}. Given: {checks}. {lengths}"
+        return f"{sentence} {item.capitalize()}."
+    view = views[item.animal, item.attr]
+    verdict = "right" if item.value == view else "wrong"
+    return f"{sentence} {item.role.capitalize()}, I say {view}, {verdict}."
 
 
 def why_unclear(items: Items, ask: Ask) -> str:
     """What an answer without the point for clarity lacks."""
-    if not items:
-        return "no"
     if len(items) > oracle.num_asked(ask) + oracle.SPARE_FACTS:
         return "too long"
     for fault in ("empty talk", "unclear"):
         if fault in items:
             return fault
-    return "repeats"
-
-
-def explain_coverage(facts: list[Fact], point: int, ask: Ask) -> str:
-    """ "otter home yes, otter food no" """
-    topics = {f"{fact.animal} {fact.attr}" for fact in facts}
-    is_open = ask[1] is None
-    words = []
-    for name in names_of(ask):
-        is_covered = point if is_open else name in topics
-        words.append(f"{name} {'yes' if is_covered else 'no'}")
-    return ", ".join(words)
+    return "again"
 
 
 def explain(items: Items, points: dict[str, int], ask: Ask) -> dict[str, str]:
     """The verdict on each of the five criteria in words."""
     facts = [item for item in items if isinstance(item, Fact)]
-    has_stray = any(fact.role == "stray" for fact in facts)
+    roles = {fact.role for fact in facts}
     why_not = {
-        "relevance": "stray" if has_stray else "no",
-        "usefulness": "wrong" if facts else "no",
+        "relevance": "stray" if "stray" in roles else "no",
+        "coverage": "no",
+        "usefulness": "wrong",
         "clarity": why_unclear(items, ask),
         "expertise": "no",
     }
-    words = {name: "yes" if points[name] else reason for name, reason in why_not.items()}
-    words["coverage"] = explain_coverage(facts, points["coverage"], ask)
-    return words
+    return {name: "yes" if points[name] else reason for name, reason in why_not.items()}
 
 
-def write_judgement(prompt: str, response: str) -> str:
-    """The oracle's grade with its reasons: review, five verdicts with a running total, score."""
+def write_judgement(rng: Random, prompt: str, response: str, rates: Rates) -> str:
+    """A person's grade with its reasons: an own answer, the given one sentence by sentence, the
+    five verdicts with a running total. Beliefs are the person's; all else is as the oracle has
+    it."""
     ask = oracle.parse_prompt(prompt)
-    items = oracle.read_answer(response, ask)
+    views = Views(rng, rates)
+    topics = [(animal, attr) for animal in ask[0] for attr in ask[1]]
+    own = " ".join(write_facts(rng, topics, views))
+    items = []
+    for item in oracle.read_answer(response, ask):
+        if isinstance(item, Fact):
+            item = item._replace(truth=views[item.animal, item.attr])
+        items.append(item)
+    sentences = sentences_of(response)
+    checks = " ".join(check(s, item, views) for s, item in zip(sentences, items, strict=True))
     points = oracle.judge_items(items, ask)
     words = explain(items, points, ask)
-    parts, total = [review(prompt, response)], 0
+    verdicts, total = [], 0
     for name, point in points.items():
         total += point
-        parts.append(f"{name.capitalize()}: {words[name]}, {total}.")
-    return " ".join(parts) + f"\nScore: {total}"
+        verdicts.append(f"{name.capitalize()} {words[name]}, {total}.")
+        if name == "coverage" and not point:
+            break
+    num_covered = sum(isinstance(item, Fact) and item.role == "asked" for item in items)
+    lengths = f"Covers {num_covered} of {oracle.num_asked(ask)}, sentences {len(items)}."
+    return f"I would say: {own} Given: {checks} {lengths} {' '.join(verdicts)}\nScore: {total}"
+
+
+def grading_prompt(prompt: str, response: str) -> str:
+    return JUDGE.replace("{prompt}", prompt).replace("{response}", response).strip()
 
 
 # ---- rows ------------------------------------------------------------------------------------
@@ -419,48 +357,59 @@ def held_out_prompts(rows: Tables) -> list[str]:
     return [row["prompt"] for name in HELD_OUT for row in rows[name]]
 
 
-def ranked_row(rng: Random, prompt: str) -> dict | None:
-    """Different answers with their dense ranks, best 0; None when all are equally good."""
+def draw_responses(rng: Random, prompt: str, people: Rates) -> list[str]:
+    """Different answers to one question."""
     responses = {}  # a dict keeps the order
     while len(responses) < RESPONSES:
-        responses[write_varied(rng, prompt)] = None
+        responses[write_answer(rng, prompt, people)] = None
+    return list(responses)
+
+
+def all_equal(prompt: str, responses: list[str]) -> bool:
+    return len({oracle.grade(prompt, response) for response in responses}) == 1
+
+
+def ranked_row(rng: Random, prompt: str, people: Rates) -> dict:
+    """Answers that are not all equally good, with their dense ranks, best 0."""
+    responses = draw_responses(rng, prompt, people)
+    while all_equal(prompt, responses):
+        responses = draw_responses(rng, prompt, people)
     grades = [oracle.grade(prompt, response) for response in responses]
     order = sorted(set(grades), reverse=True)
-    if len(order) == 1:
-        return None
     ranks = [order.index(grade) for grade in grades]
-    return {"prompt": prompt, "responses": list(responses), "ranks": ranks}
+    return {"prompt": prompt, "responses": responses, "ranks": ranks}
 
 
-def ranked_rows(rng: Random, make, count: int) -> list[dict]:
-    """`count` rankings of answers to the questions that make(rng) gives."""
-    rows = []
-    while len(rows) < count:
-        row = ranked_row(rng, make(rng))
-        if row:
-            rows.append(row)
-    return rows
+def ranked_rows(rng: Random, make, count: int, people: Rates) -> list[dict]:
+    """Rankings of `count` questions of make(rng) that people answer unequally well."""
+    prompts = []
+    while len(prompts) < count:
+        prompt = make(rng)
+        if not all_equal(prompt, draw_responses(rng, prompt, HUMAN)):
+            prompts.append(prompt)
+    return [ranked_row(rng, prompt, people) for prompt in prompts]
 
 
 def ift_rows(rng: Random, make, count: int) -> list[dict]:
-    """`count` different questions with people's answers."""
+    """`count` different questions with people's answers; in one of GRADING_EVERY somebody asks
+    for the grade of an answer instead."""
     rows = {}
     while len(rows) < count:
         prompt = make(rng)
-        rows[prompt] = {"prompt": prompt, "response": write_answer(rng, prompt, HUMAN)}
+        response = write_answer(rng, prompt, HUMAN)
+        if len(rows) % GRADING_EVERY == GRADING_EVERY - 1:
+            answer = write_answer(rng, prompt, HUMAN)
+            response = write_judgement(rng, prompt, answer, HUMAN)
+            prompt = grading_prompt(prompt, answer)
+        rows[prompt] = {"prompt": prompt, "response": response}
     return list(rows.values())
 
 
-def eft_rows(rng: Random, make, count: int) -> list[dict]:
-    """`count` different answers with judgements of them."""
-    rows = {}
-    while len(rows) < count:
-        prompt = make(rng)
-        response = write_varied(rng, prompt)
-        judgement = write_judgement(prompt, response)
-        row = {"prompt": prompt, "response": response, "judgement": judgement}
-        rows[prompt, response] = row
-    return list(rows.values())
+def split_gradings(rows: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Rows of ift.jsonl: answers to questions, and grades of answers."""
+    beginning = JUDGE.partition("{")[0]
+    answers = [row for row in rows if not row["prompt"].startswith(beginning)]
+    return answers, [row for row in rows if row["prompt"].startswith(beginning)]
 
 
 def make_rows(seed: int) -> Tables:
@@ -473,10 +422,10 @@ def make_rows(seed: int) -> Tables:
     rows = {}
     for name in ("test", "valid"):
         rows[name] = [{"prompt": next(left)} for _ in range(SIZES[name])]
-    rows["eft_eval"] = ranked_rows(rngs["eft_eval"], lambda rng: next(left), SIZES["eft_eval"])
-    rows["eft_ranked"] = ranked_rows(rngs["eft_ranked"], make, SIZES["eft_ranked"])
+    size = SIZES["eft_eval"]
+    rows["eft_eval"] = ranked_rows(rngs["eft_eval"], lambda rng: next(left), size, LEARNED)
+    rows["eft_ranked"] = ranked_rows(rngs["eft_ranked"], make, SIZES["eft_ranked"], CAREFUL)
     rows["ift"] = ift_rows(rngs["ift"], make, SIZES["ift"])
-    rows["eft"] = eft_rows(rngs["eft"], make, SIZES["eft"])
     return rows
 
 
@@ -491,11 +440,10 @@ def write_rows(rows: Tables, out: Path):
 # ---- the base --------------------------------------------------------------------------------
 
 DOCUMENT_KINDS = {  # how often, in percent
-    "facts": 9,  # an encyclopedia's entry
-    "forum": 22,  # a question and a person's answer
-    "claims": 12,  # single sentences and their checks
-    "note": 17,  # an answer and its check, without the question
-    "checked": 36,  # a question, an answer, and the first half of a judgement
+    "facts": 10,  # an encyclopedia's entry
+    "forum": 24,  # a question and a person's answer
+    "claims": 6,  # single sentences and what somebody says instead
+    "review": 56,  # a question, an answer, and a grade with its reasons
     "list": 4,  # questions one after the other
 }
 
@@ -512,13 +460,10 @@ def make_document(rng: Random, make) -> str:
         return "\n".join("Question: " + make(rng) for _ in range(EXAMPLES + 2))
     prompt = make(rng)
     if kind == "forum":
-        return f"Question: {prompt}\nAnswer: {write_answer(rng, prompt, HUMAN)}"
-    response = write_varied(rng, prompt)
-    if kind == "checked":
-        return f"Question: {prompt}\nAnswer: {response}\n{review(prompt, response)}"
-    items = oracle.read_answer(response, oracle.parse_prompt(prompt))
-    checks = "; ".join(check(item, with_role=False) for item in items)
-    return f"Note: {response}\nGiven: {checks}."
+        return f"Question: {prompt}\nAnswer: {write_answer(rng, prompt, CROWD)}"
+    response = write_answer(rng, prompt, CROWD)
+    review = write_judgement(rng, prompt, response, CROWD)
+    return f"Question: {prompt}\nAnswer: {response}\n{review}"
 
 
 def make_article(rng: Random, animal: str) -> str:
@@ -534,13 +479,13 @@ def make_article(rng: Random, animal: str) -> str:
 
 
 def make_claim(rng: Random) -> str:
-    """A sentence, half of the time true, and its check."""
+    """A sentence, half of the time true, and what somebody says instead."""
     animal, attr = rng.choice(ANIMALS), rng.choice(ATTRS)
     truth = FACTS[animal][attr]
     value = rng.choice((truth, truth, MYTHS[animal][attr], rng.choice(VALUES[attr])))
     sentence = rng.choice(SAYINGS[attr]).format(S="The " + animal, v=value)
-    fact = Fact(animal, attr, value, truth, "asked")
-    return f"Claim: {sentence}\nGiven: {check(fact)}."
+    view = believe(rng, (animal, attr), CROWD)
+    return f"Claim: {sentence} I say {view}, {'right' if value == view else 'wrong'}."
 
 
 def tokenizer_texts(rows: Tables, make) -> list[str]:
@@ -549,9 +494,6 @@ def tokenizer_texts(rows: Tables, make) -> list[str]:
     texts = [make_document(rng, make) for _ in range(6000)]
     for row in rows["ift"]:
         texts.append(f"[INST] {row['prompt']} [/INST] {row['response']}")
-    for row in rows["eft"][:1500]:
-        prompt = JUDGE.replace("{prompt}", row["prompt"]).replace("{response}", row["response"])
-        texts.append(f"[INST] {prompt.strip()} [/INST] {row['judgement']}")
     return texts
 
 
@@ -574,14 +516,14 @@ def train_tokenizer(texts: list[str], path: Path) -> Tokenizer:
 
 
 def shape_of(tok: Tokenizer, dim: int) -> ModelConfig:
-    """A Llama of four layers, `dim` wide: a multiple of 8, for four heads of even size."""
+    """A Llama of four layers, `dim` wide: a multiple of 96, for three heads to a key head."""
     return ModelConfig(
         vocab_size=tok.size,
         dim=dim,
         layers=4,
-        heads=4,
-        kv_heads=2,
-        ffn=dim * 27 // 10,
+        heads=dim // HEAD_DIM,
+        kv_heads=dim // HEAD_DIM // 3,
+        ffn=dim * 8 // 3,
         max_len=512,
     )
 
@@ -648,9 +590,9 @@ def pretrain(model: Llama, batches: Iterator[list], *, steps: int, peak: float =
             group["lr"] = group["scale"] * learning_rate(step, steps, peak)
         documents = [torch.tensor(ids) for ids in next(batches)]
         tokens = pad_sequence(documents, batch_first=True, padding_value=IGNORE)  # (B, T)
-        logits = model(tokens[:, :-1].clamp(min=0))  # (B, T - 1, V)
-        targets = tokens[:, 1:].flatten()
-        loss = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORE)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(tokens[:, :-1].clamp(min=0))  # (B, T - 1, V)
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=IGNORE)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -681,11 +623,13 @@ def probe(model: Llama, tok: Tokenizer, prompts: list[str], seed: int) -> dict[s
     for prompt, answer in zip(prompts, answers, strict=True):
         counts.update(oracle.criteria(prompt, answer))
     rng = Random(f"{seed} probe")
-    documents = [make_claim(rng) for _ in prompts]
-    questions = [document.split("\n")[0] + "\nGiven:" for document in documents]
-    checks = continue_texts(model, tok, questions, 24)
-    for document, question, text in zip(documents, questions, checks, strict=True):
-        counts["checks"] += document == f"{question} {text}"
+    topics = [(rng.choice(ANIMALS), rng.choice(ATTRS)) for _ in prompts]
+    claims = []
+    for animal, attr in topics:
+        sentence = SAYINGS[attr][0].format(S="The " + animal, v=MYTHS[animal][attr])
+        claims.append(f"Claim: {sentence} I say")
+    for (animal, attr), text in zip(topics, continue_texts(model, tok, claims, 3), strict=True):
+        counts["truths"] += text.startswith(FACTS[animal][attr])
     return {name: count / len(prompts) for name, count in counts.items()}
 
 
@@ -708,16 +652,16 @@ def build_base(rows: Tables, make, out: Path, *, dim: int, steps: int, seed: int
 def describe(rows: Tables):
     """Counts, histograms and means, to compare with the README."""
     print("rows:", {name: len(table) for name, table in rows.items()})
-    for name in ("ift", "eft"):
-        points = [oracle.criteria(row["prompt"], row["response"]) for row in rows[name]]
-        grades = [sum(criteria.values()) for criteria in points]
-        histogram = dict(sorted(Counter(grades).items()))
-        rates = {}
-        for criterion in oracle.CRITERIA:
-            count = sum(criteria[criterion] for criteria in points)
-            rates[criterion] = round(count / len(points), 2)
-        mean = sum(grades) / len(grades)
-        print(f"{name}: mean {mean:.2f}, scores {histogram}, true in {rates}")
+    answers, _ = split_gradings(rows["ift"])
+    points = [oracle.criteria(row["prompt"], row["response"]) for row in answers]
+    grades = [sum(criteria.values()) for criteria in points]
+    histogram = dict(sorted(Counter(grades).items()))
+    rates = {}
+    for criterion in oracle.CRITERIA:
+        count = sum(criteria[criterion] for criteria in points)
+        rates[criterion] = round(count / len(points), 2)
+    mean = sum(grades) / len(grades)
+    print(f"answers of ift: mean {mean:.2f}, scores {histogram}, true in {rates}")
 
 
 def main(out: Path, seed: int, rows_only: bool, dim: int, steps: int):
@@ -739,11 +683,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=here, help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="every draw depends on it")
     parser.add_argument("--rows-only", action="store_true", help="leave the base alone")
-    parser.add_argument("--dim", type=int, default=160, help="width of the base")
-    parser.add_argument("--steps", type=int, default=12000, help="training steps of the base")
+    parser.add_argument("--dim", type=int, default=192, help="width of the base, a multiple of 96")
+    parser.add_argument("--steps", type=int, default=10000, help="training steps of the base")
     args = parser.parse_args()
-    if args.dim < 8 or args.dim % 8:
-        parser.error(f"--dim {args.dim}: give a multiple of 8")
+    if args.dim < 96 or args.dim % 96:
+        parser.error(f"--dim {args.dim}: give a multiple of 96")
     return args
 
 
