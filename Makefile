@@ -51,7 +51,7 @@ kills: .venv/dev  ## kill -9 a tiny run at 20 random moments, on one and on two 
 	$(BIN)/python tests/proof_kill.py $(ARGS)
 
 reproduce: .venv/report  ## seeds 0 to 4 of the default run, each with its report (RESULTS.md has our figures)
-	for s in 0 1 2 3 4; do $(BIN)/python train.py --seed $$s --out runs/seed-$$s && $(BIN)/python -m scripts.report runs/seed-$$s || exit 1; done
+	for s in 0 1 2 3 4; do OMP_NUM_THREADS=1 $(BIN)/python train.py --seed $$s --out runs/seed-$$s && $(BIN)/python -m scripts.report runs/seed-$$s || exit 1; done
 
 ablations: .venv/report  ## the method without each of its parts, three seeds, one table: two hours (ARGS="--workers 8")
 	$(BIN)/python -m scripts.ablate $(ARGS)

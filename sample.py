@@ -4,7 +4,7 @@ Paper section 2.2: new prompts are written few-shot and filtered as in Self-Inst
 responses to each are drawn with temperature 0.7 and top-p 0.9.
 
     python sample.py runs/zoo/M3                      chat in the terminal
-    python sample.py runs/zoo/M3 "What is an owl?"    answer once
+    python sample.py runs/zoo/M3 "Where does the owl live?"    answer once
 
 Read the section "one token", then from `respond` on; the engine between them can wait. Every
 sample draws from random numbers of its own, keyed by what it is (seed, stage, prompt id, sample

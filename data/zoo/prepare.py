@@ -5,7 +5,7 @@
 
 Rows and templates are the ones that train.py reads (formats: README.md here). People are
 simulated: their answers leave things out, state myths, stray, ramble and stumble. Each fault has
-its own rate and is independent of the others, and as often makes an answer too long as too short.
+its own rate and is independent of the others, and quality is independent of length.
 A judge answers the question first and compares the given answer with that, sentence by sentence;
 so every step of a judgement is a copy, a look-up or a comparison. The base reads raw documents,
 among them such reviews: it never sees the chat format or the judge's template.
@@ -150,7 +150,7 @@ def question_source(held_out: list[str]) -> Callable[[Random], str]:
 FAULTS = {  # how often a person does it, per answer
     "drop": 0.12,  # leave out what was asked last
     "stray": 0.25,  # talk of the animal's twin
-    "wrong": 0.36,  # state a myth, per fact
+    "wrong": 0.36,  # state a myth, or rarely anything else, per fact
     "ramble": 0.20,  # say much too much
     "repeat": 0.12,  # say a thing twice
     "filler": 0.25,  # talk without facts
@@ -449,7 +449,7 @@ DOCUMENT_KINDS = {  # how often, in percent
 
 
 def make_document(rng: Random, make) -> str:
-    """Raw text as a crawler finds it: encyclopedia, forum, fact checks, or a list of questions."""
+    """Raw text as a crawler finds it: encyclopedia, forum, claims, reviews, or questions."""
     kind = draw_kind(rng, DOCUMENT_KINDS)
     animal = rng.choice(ANIMALS)
     if kind == "facts":
@@ -615,8 +615,8 @@ def continue_texts(model: Llama, tok: Tokenizer, texts: list[str], max_new: int)
 
 
 def probe(model: Llama, tok: Tokenizer, prompts: list[str], seed: int) -> dict[str, float]:
-    """What the base knows: the oracle's criteria on its likeliest answers, and how many fact
-    checks it gets right word for word."""
+    """What the base knows: the oracle's criteria on its likeliest answers, and how often it says
+    the truth of a claim that is a myth."""
     counts = Counter()
     texts = [f"Question: {prompt}\nAnswer:" for prompt in prompts]
     answers = continue_texts(model, tok, texts, 80)
