@@ -9,7 +9,7 @@ it in OUT/base-DIM. A run of train.py is in OUT/dDIM-seed-SEED, its log beside i
 goes on where it was interrupted, and tries again what failed. OUT/scaling.md and OUT/scaling.json
 hold the result. Needs matplotlib.
 
-Left out: a recipe for each width; that of the zoo serves all.
+Left out: a recipe for each width; all get that of the zoo.
 """
 
 import argparse
