@@ -347,6 +347,11 @@ def compiled_decode(device: torch.device, slots: int, levels: int):
     return torch.compile(decode, dynamic=False, mode=mode)
 
 
+def compiled_width(length: int) -> int:
+    """Columns that hold so many tokens where each width is compiled: few widths."""
+    return max(COMPILED_WIDTH, 1 << (length - 1).bit_length())
+
+
 def common_prefix(prompts: list[list[int]]) -> list[int]:
     """The ids that all prompts begin with; each prompt keeps a token of its own for its logits."""
     ids = os.path.commonprefix(prompts)  # works on lists of ids as it does on strings
@@ -386,7 +391,7 @@ class Scheduler:
         # a lone sample's prompt lies in front of its own tokens: one level less to merge
         self.capacities = [max_new, longest] if n > 1 else [longest + max_new]
         if self.compile:
-            self.capacities = [self.round_up(length) for length in self.capacities]
+            self.capacities = list(map(compiled_width, self.capacities))
         groups = min(max(1, batch // n), len(prompts))
         group_tokens = n * self.capacities[0] + sum(self.capacities[1:])
         groups = agree(affordable(groups, group_tokens, first))
@@ -502,7 +507,7 @@ class Scheduler:
     def round_up(self, length: int) -> int:
         """Rows change their width seldom, and where steps are compiled very seldom."""
         if self.compile:
-            return max(COMPILED_WIDTH, 1 << (length - 1).bit_length())
+            return compiled_width(length)
         return -(-length // WIDTH_STEP) * WIDTH_STEP
 
     def run(self, stop: list[int], temperature: float, top_p: float):

@@ -390,9 +390,10 @@ def sampling_stage(
         "reserve": RESERVE,
     }
     free = machine.gpu_memory * GiB - sum(memory.values())
-    group_tokens = cache_width(longest + max_new)
+    width = sample.compiled_width  # on a GPU steps are compiled
+    group_tokens = width(longest + max_new)
     if num_samples > 1:  # then they share their prompt's keys
-        group_tokens = num_samples * cache_width(max_new) + cache_width(longest)
+        group_tokens = num_samples * width(max_new) + width(longest)
     group_bytes = group_tokens * cache_bytes(cfg, shape)
     wanted = max(1, cfg.sample_batch // num_samples)
     groups = max(1, min(wanted, int(free / 2 / group_bytes)))
@@ -402,12 +403,6 @@ def sampling_stage(
     memory["prefill"] = prefill_memory(cfg, shape, min(prompts_at_once, groups), longest, prefix)
     memory["logits"] = slots * shape.vocab_size * 48  # twice; softmax, sort and sums of it
     return SamplingStage(slots, wanted * num_samples, memory)
-
-
-def cache_width(length: int) -> int:
-    """Columns of the cache for so many tokens (sample.Scheduler.round_up): on a GPU steps are
-    compiled."""
-    return max(sample.COMPILED_WIDTH, 1 << (length - 1).bit_length())
 
 
 def cache_bytes(cfg: Config, shape: ModelConfig) -> int:

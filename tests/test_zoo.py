@@ -267,7 +267,7 @@ def test_people_are_mediocre_and_length_says_little(rows):
     for row in answers:
         ask = oracle.parse_prompt(row["prompt"])
         extra_sentences.append(row["response"].count(".") - oracle.num_asked(ask))
-    assert abs(np.corrcoef(grades, extra_sentences)[0, 1]) < 0.15
+    assert abs(np.corrcoef(grades, extra_sentences)[0, 1]) < 0.1
 
 
 def test_raw_text_never_shows_the_chat_format_or_the_template(rows):

@@ -266,9 +266,17 @@ SENTENCE = re.compile(r"[^.!?]*[.!?]+|[^.!?]+$")
 SUBJECT = re.compile(rf"(?:The (?P<animal>{ANIMAL})|It)\b")
 
 
+def topics_asked(ask: Ask) -> list[tuple[str, str]]:
+    """All (animal, attribute) that a question asks for."""
+    return [(animal, attr) for animal in ask[0] for attr in ask[1]]
+
+
 def num_asked(ask: Ask) -> int:
-    animals, attrs = ask
-    return len(animals) * len(attrs)
+    return len(topics_asked(ask))
+
+
+def split_sentences(response: str) -> list[str]:
+    return list(filter(None, map(str.strip, SENTENCE.findall(response))))
 
 
 def role_of(fact: tuple[str, str], earlier: list[tuple[str, str]], ask: Ask) -> str:
@@ -287,7 +295,7 @@ def read_answer(response: str, ask: Ask) -> list[Fact | str]:
     animals, _ = ask
     subject = animals[0] if len(animals) == 1 else None  # what "It" stands for
     items, earlier = [], []
-    for sentence in filter(None, map(str.strip, SENTENCE.findall(response))):
+    for sentence in split_sentences(response):
         statement = ""
         subject_match = SUBJECT.match(sentence)
         if subject_match:
@@ -307,9 +315,7 @@ def read_answer(response: str, ask: Ask) -> list[Fact | str]:
 
 def covers(facts: list[Fact], ask: Ask) -> bool:
     """Do the facts hold all that was asked?"""
-    animals, attrs = ask
-    topics = {(fact.animal, fact.attr) for fact in facts}
-    return all((animal, attr) in topics for animal in animals for attr in attrs)
+    return {(fact.animal, fact.attr) for fact in facts}.issuperset(topics_asked(ask))
 
 
 def judge_items(items: list[Fact | str], ask: Ask) -> dict[str, int]:

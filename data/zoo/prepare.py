@@ -169,7 +169,7 @@ Plan = list[Topic]
 
 def plan_answer(rng: Random, ask: Ask, rates: Rates) -> Plan:
     """What to talk about, sentence by sentence, with the faults of `rates`."""
-    topics = [(animal, attr) for animal in ask[0] for attr in ask[1]]
+    topics = oracle.topics_asked(ask)
     plan = list(topics)
     if rng.random() < rates["drop"]:
         plan.pop()
@@ -279,10 +279,6 @@ class Views(dict):
         return self[topic]
 
 
-def sentences_of(response: str) -> list[str]:
-    return list(filter(None, map(str.strip, oracle.SENTENCE.findall(response))))
-
-
 def check(sentence: str, item: Fact | str, views: Views) -> str:
     """A sentence of an answer, its part in it, and what the judge says instead: "It eats fish.
     Asked, I say mice, wrong." """
@@ -323,14 +319,13 @@ def write_judgement(rng: Random, prompt: str, response: str, rates: Rates) -> st
     it."""
     ask = oracle.parse_prompt(prompt)
     views = Views(rng, rates)
-    topics = [(animal, attr) for animal in ask[0] for attr in ask[1]]
-    own = " ".join(write_facts(rng, topics, views))
+    own = " ".join(write_facts(rng, oracle.topics_asked(ask), views))
     items = []
     for item in oracle.read_answer(response, ask):
         if isinstance(item, Fact):
             item = item._replace(truth=views[item.animal, item.attr])
         items.append(item)
-    sentences = sentences_of(response)
+    sentences = oracle.split_sentences(response)
     checks = " ".join(check(s, item, views) for s, item in zip(sentences, items, strict=True))
     points = oracle.judge_items(items, ask)
     words = explain(items, points, ask)
