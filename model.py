@@ -714,21 +714,56 @@ def tokenizer_json(tok: Tokenizer) -> dict:
     return d
 
 
-# ---- faster products on AMD processors: applied from outside, in place -----------------------
+# ---- faster products on a CPU: applied from outside, in place --------------------------------
+#
+# PyTorch leaves fp32 products to oneDNN only where it may round their factors to bf16, else to
+# MKL, which takes twice as long on processors by AMD. Without units for bf16 (AMX) oneDNN does not
+# round, permission or not.
 
-MIN_ONEDNN_ROWS = 512  # with fewer, copies to its layout cost what the faster product saves
+MIN_ONEDNN_ROWS = 256  # of a product; oneDNN prepares itself for every new size, 0.4 ms
+MIN_DECODE_ROWS = 16  # the same where one size comes again and again
 
 
-def has_slow_mkl() -> bool:
-    """On AMD processors MKL, by which PyTorch multiplies, uses half the width of AVX-512."""
-    path = Path("/proc/cpuinfo")
-    is_amd = path.exists() and "AuthenticAMD" in path.read_text()
-    return is_amd and torch.backends.cpu.get_cpu_capability() == "AVX512"
+@contextmanager
+def matmul_precision(precision: str):
+    """What oneDNN may round the factors of fp32 products to meanwhile."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@cache
+def onednn_keeps_fp32() -> bool:
+    """Whether oneDNN, allowed to round to bf16, does not."""
+    a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+    exact = a.double() @ b.double()
+    with matmul_precision("bf16"):
+        return torch.allclose((a @ b).double(), exact, atol=1e-3)
+
+
+class OneDNNProduct(torch.autograd.Function):
+    """x (n, in), weight (out, in) -> x @ weight.T, forward and backward by oneDNN."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        with matmul_precision("bf16"):
+            return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        with matmul_precision("bf16"):
+            return grad @ weight, grad.T @ x
 
 
 def use_onednn_linear(model: Llama):
-    """Where MKL is slow, a model of fp32 on a CPU multiplies many rows by oneDNN from now on."""
-    if not has_slow_mkl():
+    """A model of fp32 on a CPU multiplies many rows by oneDNN from now on, if that keeps fp32."""
+    if not onednn_keeps_fp32():
         return
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -736,14 +771,12 @@ def use_onednn_linear(model: Llama):
 
 
 def onednn_linear(linear: nn.Linear, x):
+    is_decode_step = x.dim() == 2 or x.shape[1] == 1
     rows = x.flatten(0, -2)  # (n, in)
-    n = len(rows)
-    if n < MIN_ONEDNN_ROWS:
+    few = MIN_DECODE_ROWS if is_decode_step else MIN_ONEDNN_ROWS
+    if len(rows) < few or torch.compiler.is_compiling():
         return F.linear(x, linear.weight)
-    # it compiles and keeps a product for every size, so sizes are made few
-    padded = F.pad(rows, (0, 0, 0, -n % 128)).to_mkldnn()
-    out = F.linear(padded, linear.weight).to_dense()[:n]
-    return out.view(*x.shape[:-1], linear.out_features)
+    return OneDNNProduct.apply(rows, linear.weight).unflatten(0, x.shape[:-1])
 
 
 # ---- many processes: applied from outside, in place ------------------------------------------

@@ -24,7 +24,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -35,11 +35,14 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from model import (
+    MIN_DECODE_ROWS,
     Llama,
     Tokenizer,
     UserError,
     atomic_write,
     load,
+    matmul_precision,
+    onednn_keeps_fp32,
     read_json,
     read_text,
     use_onednn_linear,
@@ -126,35 +129,12 @@ PREFILL_TOKENS_GPU = 8192
 MIN_COMMON_PREFIX = 16  # a beginning of as many tokens that all prompts share is held once
 WIDTH_STEP = 32  # rows of keys are made longer by as much
 COMPILED_WIDTH = 128  # and where each length is compiled, from as many on to twice as many
-ONEDNN_ROWS = 16  # of a product, from which on oneDNN is faster
 STEPS_PER_SYNC = 8  # decode steps on a GPU between two looks at the tokens, which wait for it
 
 
-@contextmanager
-def matmul_precision(precision: str):
-    """What oneDNN may round the factors of fp32 products to meanwhile, on a CPU."""
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = precision
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
-@cache
-def onednn_keeps_fp32() -> bool:
-    """Whether oneDNN, allowed to round to bf16, does not: so on processors without AMX."""
-    a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
-    exact = a.double() @ b.double()
-    with matmul_precision("bf16"):
-        return torch.allclose((a @ b).double(), exact, atol=1e-3)
-
-
-def onednn_products(rows: int):
-    """PyTorch leaves fp32 products to oneDNN only where it may round, else to MKL. On processors
-    by AMD oneDNN is twice as fast, but for few rows."""
-    fast = rows >= ONEDNN_ROWS and onednn_keeps_fp32()
+def attention_by_onednn(slots: int):
+    """A decode step's attention, as its matrices (model.onednn_linear), where that is faster."""
+    fast = slots >= MIN_DECODE_ROWS and onednn_keeps_fp32()
     return matmul_precision("bf16") if fast else nullcontext()
 
 
@@ -478,7 +458,7 @@ class Scheduler:
         if self.compile:
             torch.compiler.cudagraph_mark_step_begin()
             step = compiled_decode(self.device, len(self.slots), 1 + len(self.cache.shared))
-        with onednn_products(len(self.slots)):
+        with attention_by_onednn(len(self.slots)):
             self.logits.copy_(step(self.model, self.tokens.clamp(min=0), self.cache))
 
     def sample_steps(self, temperature: float, top_p: float) -> list[list[int]]:

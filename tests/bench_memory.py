@@ -26,8 +26,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo import PackedBatch, collate, preference_loss, sft_loss
-from model import Llama, ModelConfig, parallelize, unsharded
-from sample import KeyValues, onednn_keeps_fp32, prefill
+from model import Llama, ModelConfig, onednn_keeps_fp32, parallelize, unsharded
+from sample import KeyValues, prefill
 from scripts.plan import SHAPES
 
 CONFIGS = SHAPES | {
@@ -103,7 +103,6 @@ def measure(
         net = Llama(shape)
     parallelize(net, mesh, dtype, activation_checkpointing)
     results = {}
-    onednn_keeps_fp32()  # asked before: it takes real numbers
     with FakeTensorMode(allow_non_fake_inputs=True):
         net.to_empty(device="cpu")
         if "sample" in cases:

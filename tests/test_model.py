@@ -135,33 +135,54 @@ def test_rotation_keeps_lengths_and_depends_on_distance_only():
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a build without oneDNN")
 def test_products_by_onednn_leave_logits_and_gradients_as_they_are(cfg, monkeypatch):
-    """They serve all matrices, padded to few sizes, but not few rows."""
-    ids = random_ids(cfg, 3, 40)
-    rows_converted = []
-    to_mkldnn = torch.Tensor.to_mkldnn
+    """They serve all matrices, but not few rows; a decode step's rows are enough sooner."""
+    rows_of_products = []
+    apply = model_py.OneDNNProduct.apply
 
-    def watched(x):
-        rows_converted.append(x.numel() // x.shape[-1])
-        return to_mkldnn(x)
+    def watched(x, weight):
+        rows_of_products.append(len(x))
+        return apply(x, weight)
 
-    def measure(min_rows=None):
+    def measure(ids, use=False):
         net = random_net(cfg)
-        if min_rows:
-            monkeypatch.setattr(model_py, "MIN_ONEDNN_ROWS", min_rows)
+        if use:
             model_py.use_onednn_linear(net)
         logits = net(ids)
         logits.square().mean().backward()
         return [logits, *(p.grad for p in net.parameters())]
 
-    monkeypatch.setattr(model_py, "has_slow_mkl", lambda: True)
-    monkeypatch.setattr(torch.Tensor, "to_mkldnn", watched)
-    plain = measure()
-    measure(min_rows=121)
-    assert not rows_converted
-    by_onednn = measure(min_rows=120)
-    assert rows_converted == [128] * (7 * cfg.layers + 1), "120 rows"
-    for a, b in zip(by_onednn, plain, strict=True):
-        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+    monkeypatch.setattr(model_py, "onednn_keeps_fp32", lambda: True)
+    monkeypatch.setattr(model_py.OneDNNProduct, "apply", watched)
+    few_rows = random_ids(cfg, 5, 51)
+    measure(few_rows, use=True)
+    measure(random_ids(cfg, 15, 1), use=True)
+    assert not rows_of_products
+    for many_rows in (random_ids(cfg, 4, 64), random_ids(cfg, 16, 1)):
+        rows_of_products.clear()
+        by_onednn = measure(many_rows, use=True)
+        assert rows_of_products == [many_rows.numel()] * (7 * cfg.layers + 1)
+        for a, b in zip(by_onednn, measure(many_rows), strict=True):
+            assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+def test_onednn_is_asked_whether_it_rounds(monkeypatch):
+    """Factors that are rounded to bf16 on the way are noticed."""
+    a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+    model_py.onednn_keeps_fp32.cache_clear()
+    if model_py.onednn_keeps_fp32():
+        with model_py.matmul_precision("bf16"):
+            torch.testing.assert_close(
+                (a @ b).double(), a.double() @ b.double(), atol=2e-4, rtol=0
+            )
+    model_py.onednn_keeps_fp32.cache_clear()
+    plain = torch.Tensor.__matmul__
+
+    def rounded(x, y):
+        return plain(x.bfloat16().float(), y) if x.dtype == torch.float32 else plain(x, y)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    assert not model_py.onednn_keeps_fp32()
+    model_py.onednn_keeps_fp32.cache_clear()
 
 
 def test_right_padding_leaves_the_logits_of_real_tokens_unchanged(net):

@@ -332,33 +332,13 @@ def test_only_products_of_the_engine_may_be_rounded_and_none_is(net, monkeypatch
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
     monkeypatch.setattr(sample, "onednn_keeps_fp32", lambda: True)
-    with sample.onednn_products(15):
+    with sample.attention_by_onednn(15):
         assert matmul.fp32_precision == before, "too few rows"
-    with sample.onednn_products(16):
+    with sample.attention_by_onednn(16):
         assert matmul.fp32_precision == "bf16"
     prompts = [[1, 5 + i] for i in range(20)]
     for _ in generate_stream(net, prompts, keys_of(prompts), stop=[], max_new=3):
         assert matmul.fp32_precision == before, "not for its consumer"
-
-
-def test_onednn_is_asked_whether_it_rounds(monkeypatch):
-    """Factors that are rounded to bf16 on the way are noticed."""
-    a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
-    sample.onednn_keeps_fp32.cache_clear()
-    if sample.onednn_keeps_fp32():
-        with sample.matmul_precision("bf16"):
-            torch.testing.assert_close(
-                (a @ b).double(), a.double() @ b.double(), atol=2e-4, rtol=0
-            )
-    sample.onednn_keeps_fp32.cache_clear()
-    plain = torch.Tensor.__matmul__
-
-    def rounded(x, y):
-        return plain(x.bfloat16().float(), y) if x.dtype == torch.float32 else plain(x, y)
-
-    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
-    assert not sample.onednn_keeps_fp32()
-    sample.onednn_keeps_fp32.cache_clear()
 
 
 def transformers_twin(net, tok, folder):
