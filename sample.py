@@ -156,7 +156,7 @@ class Prefill:
         self.k.append(k)
         self.v.append(v)
         if self.prefix:
-            k = torch.cat((self.prefix.k[layer].expand(len(k), -1, -1, -1), k), dim=2)
+            k = torch.cat((self.prefix.k[layer].mT.expand(len(k), -1, -1, -1), k), dim=2)
             v = torch.cat((self.prefix.v[layer].expand(len(v), -1, -1, -1), v), dim=2)
         if self.mask is not None and q.is_cuda:  # no fused kernel takes a mask and grouped queries
             group = q.shape[1] // k.shape[1]
@@ -181,35 +181,38 @@ class KeyValues:
     """One level of the cache: keys and values of R rows in all layers, row r in columns 0 to
     lengths[r].
 
-    Rows have no more columns than are read (`resize`): oneDNN copies keys before a product where
-    rows lie apart.
+    Keys lie as scores need them, a column a token: products of many small matrices take two
+    thirds of the time then. Rows have no more columns than are read (`resize`): oneDNN copies
+    what lies apart.
     """
 
     def __init__(self, like: Prefill, rows: int):
-        self.k = [t.new_zeros(rows, t.shape[1], 0, t.shape[3]) for t in like.k]
-        self.v = [t.new_zeros(rows, t.shape[1], 0, t.shape[3]) for t in like.v]
+        self.k = [t.new_zeros(rows, t.shape[1], t.shape[3], 0) for t in like.k]  # (R, K, hd, S)
+        self.v = [t.new_zeros(rows, t.shape[1], 0, t.shape[3]) for t in like.v]  # (R, K, S, hd)
         # an idle row holds one token of zeros, since a softmax over nothing is not a number
         self.lengths = torch.ones(rows, dtype=torch.long, device=self.k[0].device)  # (R,)
         self.mask_of_rows = None
 
     @property
     def width(self) -> int:
-        return self.k[0].shape[2]
+        return self.v[0].shape[2]
 
     def resize(self, width: int):
         """Give all rows so many columns."""
         if width != self.width:
             self.mask_of_rows = None
-            for tensors in (self.k, self.v):
-                for layer, t in enumerate(tensors):
-                    tensors[layer] = F.pad(t, (0, 0, 0, width - t.shape[2]))
+            more = width - self.width
+            for layer in range(len(self.k)):  # one by one: both widths of all are a lot
+                self.k[layer] = F.pad(self.k[layer], (0, more))
+                self.v[layer] = F.pad(self.v[layer], (0, 0, 0, more))
 
     def fill(self, rows: list[int], context: Prefill, lengths: list[int]):
         """Put what was read of some prompts into these rows."""
         self.mask_of_rows = None
         to = torch.tensor(rows, device=self.lengths.device)
-        for old, new in zip(self.k + self.v, context.k + context.v, strict=True):
-            old[to, :, : new.shape[2]] = new
+        for layer, (k, v) in enumerate(zip(context.k, context.v, strict=True)):
+            self.k[layer][to, :, :, : k.shape[2]] = k.mT
+            self.v[layer][to, :, : v.shape[2]] = v
         self.lengths[to] = torch.tensor(lengths, device=self.lengths.device)
 
     def select(self, rows):
@@ -238,16 +241,17 @@ class KeyValues:
         R = len(self.lengths)
         B, K, g, hd = q.shape
         queries = q.view(R, B // R, K, g, hd).transpose(1, 2).reshape(R * K, -1, hd)
-        keys, values = self.k[layer].flatten(0, 1), self.v[layer].flatten(0, 1)  # (R * K, S, hd)
+        keys = self.k[layer].flatten(0, 1)  # (R * K, hd, S)
+        values = self.v[layer].flatten(0, 1)  # (R * K, S, hd)
         out, lse = attention_with_lse(queries, keys, values, mask)
         out = out.view(R, K, B // R, g, hd).transpose(1, 2).reshape(B, K, g, hd)
         return out, lse.view(R, K, B // R, g, 1).transpose(1, 2).reshape(B, K, g, 1)
 
 
 def attention_with_lse(q, k, v, mask):
-    """q (N, T, hd), k and v (N, S, hd), mask (N, 1, S) -> (N, T, hd) and, in fp32, the logarithm
-    of the sum of exp(scores), (N, T, 1)."""
-    scores = torch.baddbmm(mask, q, k.mT, alpha=q.shape[-1] ** -0.5).float()  # (N, T, S)
+    """q (N, T, hd), k (N, hd, S), v (N, S, hd), mask (N, 1, S) -> (N, T, hd) and, in fp32, the
+    logarithm of the sum of exp(scores), (N, T, 1)."""
+    scores = torch.baddbmm(mask, q, k, alpha=q.shape[-1] ** -0.5).float()  # (N, T, S)
     weights = scores.softmax(-1)
     lse = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
     return weights.to(v.dtype) @ v, lse
@@ -291,7 +295,7 @@ class DecodeStep:
 
     def attend(self, layer: int, q, k, v):  # (B, H, 1, hd), (B, K, 1, hd) -> (B, H, 1, hd)
         own = self.levels[0]
-        own.k[layer][self.slots, :, self.columns] = k[:, :, 0]
+        own.k[layer][self.slots, :, :, self.columns] = k[:, :, 0]
         own.v[layer][self.slots, :, self.columns] = v[:, :, 0]
         B, K = k.shape[:2]
         queries = q.view(B, K, -1, q.shape[-1])  # (B, K, g, hd): heads that share keys

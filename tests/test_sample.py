@@ -527,7 +527,7 @@ def visible(level: KeyValues, slot: int, num_slots: int):
     """The keys and the values of a level that a slot sees, (K, length, hd)."""
     row = slot * len(level.lengths) // num_slots
     length = level.lengths[row]
-    return level.k[0][row, :, :length], level.v[0][row, :, :length]
+    return level.k[0][row, :, :, :length].mT, level.v[0][row, :, :length]
 
 
 LEVELS = {  # rows of the levels behind the slots' own tokens
@@ -584,7 +584,7 @@ def test_columns_behind_the_longest_row_change_nothing():
     outputs = {}
     for width in (100, 64, 200):  # as they are, cut off, new ones of zeros
         level.resize(width)
-        assert {t.shape[2] for t in level.k + level.v} == {width}
+        assert {k.shape[3] for k in level.k} == {v.shape[2] for v in level.v} == {width}
         outputs[width] = level.attend(0, q, level.mask())
     for out, lse in outputs.values():
         torch.testing.assert_close(out, outputs[200][0])
