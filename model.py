@@ -771,12 +771,13 @@ def use_onednn_linear(model: Llama):
 
 
 def onednn_linear(linear: nn.Linear, x):
-    is_decode_step = x.dim() == 2 or x.shape[1] == 1
-    rows = x.flatten(0, -2)  # (n, in)
-    few = MIN_DECODE_ROWS if is_decode_step else MIN_ONEDNN_ROWS
-    if len(rows) < few or torch.compiler.is_compiling():
+    num_rows = x.numel() // linear.in_features
+    is_decode_step = num_rows == len(x)  # one token a row
+    fewest = MIN_DECODE_ROWS if is_decode_step else MIN_ONEDNN_ROWS
+    if num_rows < fewest or torch.compiler.is_compiling():
         return F.linear(x, linear.weight)
-    return OneDNNProduct.apply(rows, linear.weight).unflatten(0, x.shape[:-1])
+    product = OneDNNProduct.apply(x.flatten(0, -2), linear.weight)  # (n, out)
+    return product.unflatten(0, x.shape[:-1])
 
 
 # ---- many processes: applied from outside, in place ------------------------------------------
