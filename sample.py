@@ -720,9 +720,10 @@ def too_similar(text: str, pool: list[list[str]], rouge: float) -> bool:
         return True
     new_words = set(new)
     for old in pool:
-        num_common = sum(map(new_words.__contains__, old))
-        highest_possible = 2 * min(num_common, len(new)) / max(1, len(old) + len(new))
-        if highest_possible > rouge and rouge_l(old, new) > rouge:
+        limit = rouge * (len(old) + len(new)) / 2  # what the common subsequence must not pass
+        if min(len(old), len(new)) <= limit or sum(map(new_words.__contains__, old)) <= limit:
+            continue  # it cannot
+        if rouge_l(old, new) > rouge:
             return True
     return False
 
