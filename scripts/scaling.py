@@ -27,6 +27,8 @@ from scripts.ablate import bootstrap_ratio, compare_runs, interval_cell, points_
 from scripts.plan import num_parameters
 from scripts.report import judge_eval, load_oracle
 
+TRIES = 4  # bases made of a width at most, until one has learned to compare (data.zoo.prepare)
+
 # ---- bases and runs --------------------------------------------------------------------------
 
 
@@ -43,8 +45,7 @@ def make_base(dim: int, args: argparse.Namespace):
     if (base / "config.json").exists():
         return
     argv = ["-m", "data.zoo.prepare", "--dim", str(dim), "--out", str(base.parent)]
-    if args.steps:
-        argv += ["--steps", str(args.steps)]
+    argv += ["--steps", str(args.steps)] if args.steps else ["--tries", str(TRIES)]
     log = args.out / f"base-{dim}.log"
     status, last_line = ablate.run_program(argv, log)
     if status:

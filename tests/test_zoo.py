@@ -295,14 +295,18 @@ def test_the_base_knows_its_facts_and_words_are_single_tokens(rows):
     words = {*oracle.ANIMALS, *oracle.ATTRS}.union(*oracle.VALUES.values())
     assert [word for word in words if len(tok.encode(word)) != 1] == []
     rates = prepare.probe(base, tok, prompts_of(rows, "valid")[:12], seed=0)
-    assert min(rates[name] for name in ("relevance", "coverage", "truths")) > 0.8, rates
+    known = ("relevance", "coverage", "truths", "verdicts")
+    assert min(rates[name] for name in known) > 0.8, rates
 
 
 def test_a_base_is_built_by_learning_to_predict_raw_text(rows, tmp_path, capsys):
     make = prepare.question_source(prepare.held_out_prompts(rows))
-    prepare.build_base(rows, make, tmp_path, dim=192, steps=3, seed=0)
+    prepare.build_base(rows, make, tmp_path, dim=192, steps=3, seed=0, tries=2)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("step 3/3  loss 7.") and "'truths'" in lines[1]
+    for i in range(2):
+        assert lines[2 * i].startswith("step 3/3  loss 7.")
+        assert lines[2 * i + 1].startswith(f"base of seed {i}: ") and "'verdicts': 0.0" in lines[1]
+    assert lines[4:] == ["none of 2 bases has learned to compare: the judge will not improve"]
     net, tok = model.load(tmp_path / "base")
     assert tok.path.read_bytes() == (ZOO / "base" / "tokenizer.model").read_bytes()
     assert net.cfg == model.read_config(ZOO / "base")
@@ -312,6 +316,19 @@ def test_a_base_is_built_by_learning_to_predict_raw_text(rows, tmp_path, capsys)
     documents = [ids for _ in range(20) for ids in next(batches)]
     assert all(ids[0] == tok.bos and ids[-1] == tok.eos for ids in documents)
     assert 800 < sum(map(len, documents)) / 20 <= 1024
+
+
+def test_the_first_base_that_has_learned_to_compare_is_kept(rows, tmp_path, monkeypatch, capsys):
+    make = prepare.question_source(prepare.held_out_prompts(rows))
+    knowledge = iter([{"verdicts": 0.5}, {"verdicts": 0.95}])
+    monkeypatch.setattr(prepare, "probe", lambda *args: next(knowledge))
+    prepare.build_base(rows, make, tmp_path / "third", dim=96, steps=1, seed=0, tries=3)
+    assert "none" not in capsys.readouterr().out and not [*knowledge]
+    knowledge = iter([{"verdicts": 0.95}])
+    monkeypatch.setattr(prepare, "probe", lambda *args: next(knowledge))
+    prepare.build_base(rows, make, tmp_path / "second", dim=96, steps=1, seed=1, tries=1)
+    weights = [(tmp_path / name / "base/model.safetensors") for name in ("third", "second")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_other_seeds_make_other_worlds_of_the_same_kind():

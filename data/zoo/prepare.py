@@ -57,6 +57,7 @@ HELD_OUT = ("test", "valid", "eft_eval")
 RESPONSES = 3  # per ranked prompt
 GRADING_EVERY = 20  # rows of ift.jsonl: in one of so many somebody asks for a grade
 EXAMPLES = 8  # questions that the writer of new prompts is shown
+COMPARES = 0.9  # verdicts on claims that fit; a base that cannot compare has about half of them
 HEAD_DIM = 32  # what fast attention kernels take: 32 or 64
 VOCABULARY = 1024
 
@@ -610,8 +611,8 @@ def continue_texts(model: Llama, tok: Tokenizer, texts: list[str], max_new: int)
 
 
 def probe(model: Llama, tok: Tokenizer, prompts: list[str], seed: int) -> dict[str, float]:
-    """What the base knows: the oracle's criteria on its likeliest answers, and how often it says
-    the truth of a claim that is a myth."""
+    """What the base knows: the oracle's criteria on its likeliest answers; of claims that are
+    myths, how often it says the truth, and how often its verdict fits what it says."""
     counts = Counter()
     texts = [f"Question: {prompt}\nAnswer:" for prompt in prompts]
     answers = continue_texts(model, tok, texts, 80)
@@ -623,22 +624,35 @@ def probe(model: Llama, tok: Tokenizer, prompts: list[str], seed: int) -> dict[s
     for animal, attr in topics:
         sentence = SAYINGS[attr][0].format(S="The " + animal, v=MYTHS[animal][attr])
         claims.append(f"Claim: {sentence} I say")
-    for (animal, attr), text in zip(topics, continue_texts(model, tok, claims, 3), strict=True):
-        counts["truths"] += text.startswith(FACTS[animal][attr])
+    for (animal, attr), text in zip(topics, continue_texts(model, tok, claims, 8), strict=True):
+        view, _, verdict = text.partition(", ")
+        counts["truths"] += view == FACTS[animal][attr]
+        counts["verdicts"] += verdict == ("right." if view == MYTHS[animal][attr] else "wrong.")
     return {name: count / len(prompts) for name, count in counts.items()}
 
 
-def build_base(rows: Tables, make, out: Path, *, dim: int, steps: int, seed: int):
-    """Tokenizer and pretrained weights, in Hugging Face layout, put in place when whole."""
+def build_base(rows: Tables, make, out: Path, *, dim: int, steps: int, seed: int, tries: int):
+    """Tokenizer and pretrained weights, in Hugging Face layout, put in place when whole.
+
+    Whether a base of this size learns to compare what it says with what it read is luck, and with
+    one that does not no judge improves. So others are tried, from other random numbers.
+    """
+    prompts = [row["prompt"] for row in rows["valid"]]
     with tempfile.TemporaryDirectory() as folder:
         tok = train_tokenizer(tokenizer_texts(rows, make), Path(folder) / "tokenizer.model")
-        model = new_model(tok, dim, seed)
-        batches = document_batches(tok, make, Random(f"{seed} raw"), max_tokens=1024)
-        pretrain(model, batches, steps=steps)
+        for base_seed in range(seed, seed + tries):
+            model = new_model(tok, dim, base_seed)
+            batches = document_batches(tok, make, Random(f"{base_seed} raw"), max_tokens=1024)
+            pretrain(model, batches, steps=steps)
+            save(model.to(torch.bfloat16), tok, Path(folder) / "base")
+            model, _ = load(Path(folder) / "base")  # as it will be used
+            knowledge = probe(model, tok, prompts, seed)
+            print(f"base of seed {base_seed}: {knowledge}", flush=True)
+            if knowledge["verdicts"] > COMPARES:
+                break
+        else:
+            print(f"none of {tries} bases has learned to compare: the judge will not improve")
         save(model.to(torch.bfloat16), tok, out / "base")
-    model, tok = load(out / "base")
-    prompts = [row["prompt"] for row in rows["valid"]]
-    print(probe(model, tok, prompts, seed))
 
 
 # ---- the command -----------------------------------------------------------------------------
@@ -659,7 +673,7 @@ def describe(rows: Tables):
     print(f"answers of ift: mean {mean:.2f}, scores {histogram}, true in {rates}")
 
 
-def main(out: Path, seed: int, rows_only: bool, dim: int, steps: int):
+def main(out: Path, seed: int, rows_only: bool, dim: int, steps: int, tries: int):
     began = time.time()
     rows = make_rows(seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -668,7 +682,7 @@ def main(out: Path, seed: int, rows_only: bool, dim: int, steps: int):
     print(f"rows took {time.time() - began:.0f} s", flush=True)
     if not rows_only:
         make = question_source(held_out_prompts(rows))
-        build_base(rows, make, out, dim=dim, steps=steps, seed=seed)
+        build_base(rows, make, out, dim=dim, steps=steps, seed=seed, tries=tries)
         print(f"all took {time.time() - began:.0f} s")
 
 
@@ -680,9 +694,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rows-only", action="store_true", help="leave the base alone")
     parser.add_argument("--dim", type=int, default=192, help="width of the base, a multiple of 96")
     parser.add_argument("--steps", type=int, default=10000, help="training steps of the base")
+    tries_help = "train so many bases at most, until one has learned to compare"
+    parser.add_argument("--tries", type=int, default=1, help=tries_help)
     args = parser.parse_args()
     if args.dim < 96 or args.dim % 96:
         parser.error(f"--dim {args.dim}: give a multiple of 96")
+    if args.tries < 1:
+        parser.error(f"--tries {args.tries}: give at least 1")
     return args
 
 
