@@ -7,6 +7,7 @@ from random import Random
 
 import numpy as np
 import pytest
+import torch
 
 import model
 from data.zoo import oracle, prepare
@@ -320,15 +321,18 @@ def test_a_base_is_built_by_learning_to_predict_raw_text(rows, tmp_path, capsys)
 
 def test_the_first_base_that_has_learned_to_compare_is_kept(rows, tmp_path, monkeypatch, capsys):
     make = prepare.question_source(prepare.held_out_prompts(rows))
-    knowledge = iter([{"verdicts": 0.5}, {"verdicts": 0.95}])
-    monkeypatch.setattr(prepare, "probe", lambda *args: next(knowledge))
-    prepare.build_base(rows, make, tmp_path / "third", dim=96, steps=1, seed=0, tries=3)
-    assert "none" not in capsys.readouterr().out and not [*knowledge]
-    knowledge = iter([{"verdicts": 0.95}])
-    monkeypatch.setattr(prepare, "probe", lambda *args: next(knowledge))
-    prepare.build_base(rows, make, tmp_path / "second", dim=96, steps=1, seed=1, tries=1)
-    weights = [(tmp_path / name / "base/model.safetensors") for name in ("third", "second")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
+    embeddings = []
+
+    def probe(net, *args):
+        embeddings.append(net.embed_tokens.weight)
+        return {"verdicts": [0.5, 0.95][len(embeddings) - 1]}
+
+    monkeypatch.setattr(prepare, "probe", probe)
+    prepare.build_base(rows, make, tmp_path, dim=96, steps=1, seed=0, tries=3)
+    assert "none" not in capsys.readouterr().out
+    first, second = embeddings
+    net, _ = model.load(tmp_path / "base")
+    assert torch.equal(net.embed_tokens.weight, second) and not torch.equal(first, second)
 
 
 def test_other_seeds_make_other_worlds_of_the_same_kind():
