@@ -191,7 +191,6 @@ class KeyValues:
         self.v = [t.new_zeros(rows, t.shape[1], 0, t.shape[3]) for t in like.v]  # (R, K, S, hd)
         # an idle row holds one token of zeros, since a softmax over nothing is not a number
         self.lengths = torch.ones(rows, dtype=torch.long, device=self.k[0].device)  # (R,)
-        self.mask_of_rows = None
 
     @property
     def width(self) -> int:
@@ -199,16 +198,15 @@ class KeyValues:
 
     def resize(self, width: int):
         """Give all rows so many columns."""
-        if width != self.width:
-            self.mask_of_rows = None
-            more = width - self.width
-            for layer in range(len(self.k)):  # one by one: both widths of all are a lot
-                self.k[layer] = F.pad(self.k[layer], (0, more))
-                self.v[layer] = F.pad(self.v[layer], (0, 0, 0, more))
+        more = width - self.width
+        if not more:
+            return
+        for layer in range(len(self.k)):  # not all at once, or they would take twice the memory
+            self.k[layer] = F.pad(self.k[layer], (0, more))
+            self.v[layer] = F.pad(self.v[layer], (0, 0, 0, more))
 
     def fill(self, rows: list[int], context: Prefill, lengths: list[int]):
         """Put what was read of some prompts into these rows."""
-        self.mask_of_rows = None
         to = torch.tensor(rows, device=self.lengths.device)
         for layer, (k, v) in enumerate(zip(context.k, context.v, strict=True)):
             self.k[layer][to, :, :, : k.shape[2]] = k.mT
@@ -217,7 +215,6 @@ class KeyValues:
 
     def select(self, rows):
         """Keep these rows only."""
-        self.mask_of_rows = None
         self.k = [t[rows] for t in self.k]
         self.v = [t[rows] for t in self.v]
         self.lengths = self.lengths[rows]
@@ -229,12 +226,6 @@ class KeyValues:
         bias = bias.masked_fill(columns >= self.lengths[:, None], float("-inf"))
         bias = bias.to(self.k[0].dtype)
         return bias.repeat_interleave(self.k[0].shape[1], 0)[:, None]
-
-    def shared_mask(self):
-        """`mask`, kept until rows change: of a level to which no step adds."""
-        if self.mask_of_rows is None:
-            self.mask_of_rows = self.mask()
-        return self.mask_of_rows
 
     def attend(self, layer: int, q, mask):
         """Attention of one query a slot: q (B, K, g, hd) -> (B, K, g, hd) and (B, K, g, 1)."""
@@ -276,7 +267,6 @@ class KVCache:
         """Columns that the first levels need from now on."""
         for level, width in zip((self.own, *self.shared), widths, strict=False):
             level.resize(width)
-        self.shared_masks = [level.shared_mask() for level in self.shared]
 
     def advance(self):
         """One token a slot is about to come; ended slots stay in their last column."""
@@ -288,7 +278,7 @@ class DecodeStep:
 
     def __init__(self, cache: KVCache):
         self.levels = [cache.own, *cache.shared]
-        self.masks = [cache.own.mask(), *cache.shared_masks]
+        self.masks = [level.mask() for level in self.levels]
         self.columns = cache.own.lengths - 1  # (B,)
         self.positions = (cache.before + self.columns)[:, None]  # (B, 1)
         self.slots = torch.arange(len(self.columns), device=self.columns.device)
