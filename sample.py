@@ -728,6 +728,19 @@ def count_placeholders(template: str, path) -> int:
     return len(numbers)
 
 
+def example_seeds(tok: Tokenizer, seeds: list[str], at_least: int, max_tokens: int) -> list[str]:
+    """The seed prompts that may be examples: of one line, as what is read of a new prompt, and not
+    too long. Raises UserError where there are not enough."""
+    one_line = [prompt for prompt in seeds if "\n" not in prompt]
+    fitting = [prompt for prompt in one_line if len(tok.encode(prompt)) <= max_tokens]
+    if len(fitting) < at_least:
+        raise UserError(
+            f"the prompt writer's template has {at_least} places, and {len(fitting)} of "
+            f"{len(seeds)} seed prompts fit one (of {max_tokens} tokens); it needs as many"
+        )
+    return fitting
+
+
 def few_shot(
     template: str, num_examples: int, seeds: list[str], generated: list[str], key: tuple
 ) -> str:
@@ -766,13 +779,7 @@ def propose(
     num_examples = count_placeholders(template, "the prompt writer's template")
     template_tokens = len(tok.encode_with_bos(template))
     max_example_tokens = (max_request_tokens - template_tokens) // num_examples
-    one_line = [p for p in seeds if "\n" not in p]  # as what is read of a new prompt
-    short_seeds = [p for p in one_line if len(tok.encode(p)) <= max_example_tokens]
-    if len(short_seeds) < num_examples:
-        raise UserError(
-            f"the prompt writer's template has {num_examples} places, and {len(short_seeds)} of "
-            f"{len(seeds)} seed prompts fit one (of {max_example_tokens} tokens); it needs as many"
-        )
+    examples = example_seeds(tok, seeds, num_examples, max_example_tokens)
     held_out = {p.strip() for p in held_out}
     pool = [words(p) for p in [*seeds, *earlier]]
     accepted, generated = [], []
@@ -787,23 +794,24 @@ def propose(
         size = min(wave, count - len(accepted) + 8)
         keys = [(*key, i) for i in range(num_requests, num_requests + size)]
         num_requests += size
-        texts = [few_shot(template, num_examples, short_seeds, generated, k) for k in keys]
+        texts = [few_shot(template, num_examples, examples, generated, k) for k in keys]
         for ids in write([tok.encode_with_bos(text) for text in texts], keys):
             if len(accepted) == count:
                 break
             text = tok.decode(ids).strip().split("\n")[0].strip()
-            reason = why_unfit(text)
-            if ids[-1] not in (tok.eos, *tok.newlines):
-                reason = "cut by the length limit"
-            elif not reason and text in held_out:
+            cut = ids[-1] not in (tok.eos, *tok.newlines)
+            reason = "cut by the length limit" if cut else why_unfit(text)
+            if not reason and text in held_out:
                 reason = "held out"
-            elif not reason and too_similar(text, pool, rouge):
+            if not reason and too_similar(text, pool, rouge):
                 reason = "too similar"
             tally[reason or "accepted"] += 1
-            if not reason:
-                accepted.append(text)
-                pool.append(words(text))
-                generated += [text] if len(tok.encode(text)) <= max_example_tokens else []
+            if reason:
+                continue
+            accepted.append(text)
+            pool.append(words(text))
+            if len(tok.encode(text)) <= max_example_tokens:
+                generated.append(text)
     return accepted, tally
 
 
