@@ -717,16 +717,20 @@ def tokenizer_json(tok: Tokenizer) -> dict:
 # ---- faster products on a CPU: applied from outside, in place --------------------------------
 #
 # PyTorch leaves fp32 products to oneDNN only where it may round their factors to bf16, else to
-# MKL, which takes twice as long on processors by AMD. Without units for bf16 (AMX) oneDNN does not
-# round, permission or not.
+# MKL, which takes twice as long on processors by AMD (others were not measured). On a processor
+# without units for bf16 (AMX) oneDNN does not round, though it may.
 
-MIN_ONEDNN_ROWS = 256  # of a product; oneDNN prepares itself for every new size, 0.4 ms
-MIN_DECODE_ROWS = 16  # the same where one size comes again and again
+MIN_ONEDNN_ROWS = 256  # of a product: oneDNN prepares itself for every new size, in 0.4 ms
+# It keeps what it has prepared. Sizes seldom come twice, and a thousand of them, its default,
+# fill half a gigabyte in every process.
+os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 
 @contextmanager
 def matmul_precision(precision: str):
-    """What oneDNN may round the factors of fp32 products to meanwhile."""
+    """Inside `with`: the type to which oneDNN may round the factors of fp32 products. This is a
+    setting of the whole process."""
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = precision
@@ -738,7 +742,7 @@ def matmul_precision(precision: str):
 
 @cache
 def onednn_keeps_fp32() -> bool:
-    """Whether oneDNN, allowed to round to bf16, does not."""
+    """Whether products stay exact where oneDNN may round to bf16."""
     a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
     exact = a.double() @ b.double()
     with matmul_precision("bf16"):
@@ -772,9 +776,7 @@ def use_onednn_linear(model: Llama):
 
 def onednn_linear(linear: nn.Linear, x):
     num_rows = x.numel() // linear.in_features
-    is_decode_step = num_rows == len(x)  # one token a row
-    fewest = MIN_DECODE_ROWS if is_decode_step else MIN_ONEDNN_ROWS
-    if num_rows < fewest or torch.compiler.is_compiling():
+    if num_rows < MIN_ONEDNN_ROWS or torch.compiler.is_compiling():
         return F.linear(x, linear.weight)
     product = OneDNNProduct.apply(x.flatten(0, -2), linear.weight)  # (n, out)
     return product.unflatten(0, x.shape[:-1])

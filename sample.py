@@ -35,7 +35,6 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from model import (
-    MIN_DECODE_ROWS,
     Llama,
     Tokenizer,
     UserError,
@@ -129,12 +128,14 @@ PREFILL_TOKENS_GPU = 8192
 MIN_COMMON_PREFIX = 16  # a beginning of as many tokens that all prompts share is held once
 WIDTH_STEP = 32  # rows of keys are made longer by as much
 COMPILED_WIDTH = 128  # and where each length is compiled, from as many on to twice as many
+MIN_ONEDNN_SLOTS = 16  # of a decode step: fewer take oneDNN longer than MKL
 STEPS_PER_SYNC = 8  # decode steps on a GPU between two looks at the tokens, which wait for it
 
 
-def attention_by_onednn(slots: int):
-    """A decode step's attention, as its matrices (model.onednn_linear), where that is faster."""
-    fast = slots >= MIN_DECODE_ROWS and onednn_keeps_fp32()
+def decode_by_onednn(slots: int):
+    """Inside `with`: oneDNN makes all products of a decode step, where it is faster. It prepares
+    itself for their sizes once, since they come again in every step."""
+    fast = slots >= MIN_ONEDNN_SLOTS and onednn_keeps_fp32()
     return matmul_precision("bf16") if fast else nullcontext()
 
 
@@ -452,7 +453,7 @@ class Scheduler:
         if self.compile:
             torch.compiler.cudagraph_mark_step_begin()
             step = compiled_decode(self.device, len(self.slots), 1 + len(self.cache.shared))
-        with attention_by_onednn(len(self.slots)):
+        with decode_by_onednn(len(self.slots)):
             self.logits.copy_(step(self.model, self.tokens.clamp(min=0), self.cache))
 
     def sample_steps(self, temperature: float, top_p: float) -> list[list[int]]:
@@ -710,9 +711,11 @@ def too_similar(text: str, pool: list[list[str]], rouge: float) -> bool:
         return True
     new_words = set(new)
     for old in pool:
-        limit = rouge * (len(old) + len(new)) / 2  # what the common subsequence must not pass
-        if min(len(old), len(new)) <= limit or sum(map(new_words.__contains__, old)) <= limit:
-            continue  # it cannot
+        most_common = rouge * (len(old) + len(new)) / 2  # words, for a ROUGE-L within the limit
+        if min(len(old), len(new)) <= most_common:
+            continue
+        if sum(map(new_words.__contains__, old)) <= most_common:
+            continue
         if rouge_l(old, new) > rouge:
             return True
     return False
@@ -729,8 +732,8 @@ def count_placeholders(template: str, path) -> int:
 
 
 def example_seeds(tok: Tokenizer, seeds: list[str], at_least: int, max_tokens: int) -> list[str]:
-    """The seed prompts that may be examples: of one line, as what is read of a new prompt, and not
-    too long. Raises UserError where there are not enough."""
+    """The seed prompts that may be examples: not too long, and of one line, since of a new prompt
+    only the first line is read. Raises UserError where there are not enough."""
     one_line = [prompt for prompt in seeds if "\n" not in prompt]
     fitting = [prompt for prompt in one_line if len(tok.encode(prompt)) <= max_tokens]
     if len(fitting) < at_least:

@@ -45,10 +45,6 @@ from typing import NamedTuple
 # sleep at once costs 40 %.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-# oneDNN keeps what it compiles for a size of product. Sizes seldom come twice, and a thousand of
-# them, its default, fill half a gigabyte in every process.
-os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 # Sampling and training want blocks of other sizes; a GPU's memory is not to be split by them.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
@@ -936,7 +932,8 @@ def time_threads(cfg: Config) -> dict[int, float]:
         for count, taken in times.items():
             torch.set_num_threads(count)
             start = time.perf_counter()
-            block(tokens)
+            with sample.decode_by_onednn(len(tokens)):
+                block(tokens)
             taken.append(time.perf_counter() - start)
     return {count: statistics.median(taken) for count, taken in times.items()}
 

@@ -5,9 +5,10 @@
 
 They show what a larger base gains, where iterations cease to gain, and whether the judge or the
 answers give out first. A base is the zoo's own if that has the width; else data.zoo.prepare makes
-it in OUT/base-DIM. A run of train.py is in OUT/dDIM-seed-SEED, its log beside it. The same command
-goes on where it was interrupted, and tries again what failed. OUT/scaling.md and OUT/scaling.json
-hold the result. Needs matplotlib.
+it in OUT/base-DIM: the first of up to four that compares (see there), with --steps just one. A
+run of train.py is in OUT/dDIM-seed-SEED, its log beside it. The same command goes on where it was
+interrupted, and tries again what failed. OUT/scaling.md and OUT/scaling.json hold the result.
+Needs matplotlib.
 
 Left out: a recipe for each width; all get that of the zoo.
 """
@@ -45,6 +46,7 @@ def make_base(dim: int, args: argparse.Namespace):
     if (base / "config.json").exists():
         return
     argv = ["-m", "data.zoo.prepare", "--dim", str(dim), "--out", str(base.parent)]
+    # a trial's base of few steps compares nothing, however often it is tried
     argv += ["--steps", str(args.steps)] if args.steps else ["--tries", str(TRIES)]
     log = args.out / f"base-{dim}.log"
     status, last_line = ablate.run_program(argv, log)

@@ -26,7 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo import PackedBatch, collate, preference_loss, sft_loss
-from model import Llama, ModelConfig, onednn_keeps_fp32, parallelize, unsharded
+from model import Llama, ModelConfig, parallelize, unsharded
 from sample import KeyValues, prefill
 from scripts.plan import SHAPES
 
@@ -98,7 +98,6 @@ def measure(
     the optimizer; or as many texts sampled, without it. Prompts have half of `length` tokens, and
     so have responses."""
     PackedBatch.attend = attend_as_on_a_gpu
-    onednn_keeps_fp32()  # the answer is remembered: fake tensors have no values to compare
     with torch.device("meta"):
         net = Llama(shape)
     parallelize(net, mesh, dtype, activation_checkpointing)

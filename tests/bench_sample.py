@@ -345,7 +345,7 @@ def limits(case: Case, repeats: int):
     target = torch.empty_like(source)
     copy_rate = 2 * source.nbytes / median_seconds(lambda: target.copy_(source), repeats)
     a, b = torch.randn(2, 2048, 2048).to(dtype)
-    with sample.attention_by_onednn(2048):
+    with sample.decode_by_onednn(2048):
         product_rate = 2 * 2048**3 / median_seconds(lambda: a @ b, repeats)
     prompts, work = case.prompts(), case.work()
     ours.run(prompts, case.new, **work)

@@ -135,34 +135,42 @@ def test_rotation_keeps_lengths_and_depends_on_distance_only():
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a build without oneDNN")
 def test_products_by_onednn_leave_logits_and_gradients_as_they_are(cfg, monkeypatch):
-    """They serve all matrices, but not few rows; a decode step's rows are enough sooner."""
-    rows_of_products = []
-    apply = model_py.OneDNNProduct.apply
+    """They serve all matrices, forward and backward, but not few rows."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    keeps_fp32 = model_py.onednn_keeps_fp32()
+    permissions = []
+    matmul_precision = model_py.matmul_precision
 
-    def watched(x, weight):
-        rows_of_products.append(len(x))
-        return apply(x, weight)
+    def watched(precision):
+        permissions.append(precision)
+        return matmul_precision(precision if keeps_fp32 else before)
 
-    def measure(ids, use=False):
+    def measure(ids, readout=None, use=False):
+        permissions.clear()
         net = random_net(cfg)
         if use:
             model_py.use_onednn_linear(net)
-        logits = net(ids)
-        logits.square().mean().backward()
-        return [logits, *(p.grad for p in net.parameters())]
+        out = net(ids, None, readout)
+        out.square().mean().backward()
+        assert matmul.fp32_precision == before
+        return [out, *(p.grad for p in net.parameters())]
 
     monkeypatch.setattr(model_py, "onednn_keeps_fp32", lambda: True)
-    monkeypatch.setattr(model_py.OneDNNProduct, "apply", watched)
-    few_rows = random_ids(cfg, 5, 51)
-    measure(few_rows, use=True)
-    measure(random_ids(cfg, 15, 1), use=True)
-    assert not rows_of_products
-    for many_rows in (random_ids(cfg, 4, 64), random_ids(cfg, 16, 1)):
-        rows_of_products.clear()
-        by_onednn = measure(many_rows, use=True)
-        assert rows_of_products == [many_rows.numel()] * (7 * cfg.layers + 1)
-        for a, b in zip(by_onednn, measure(many_rows), strict=True):
-            assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+    monkeypatch.setattr(model_py, "matmul_precision", watched)
+    measure(random_ids(cfg, 5, 51), use=True)
+    assert not permissions, "255 rows"
+    many_rows = random_ids(cfg, 4, 64)
+    matrices = 7 * cfg.layers + 1
+    for name, readout, products in (
+        ("logits", None, 2 * matrices),
+        ("two dimensions", lambda hidden, lm_head: lm_head(hidden.flatten(0, 1)), 2 * matrices),
+        ("few logits", lambda hidden, lm_head: lm_head(hidden[:, -1]), 2 * (matrices - 1)),
+    ):
+        by_onednn = measure(many_rows, readout, use=True)
+        assert permissions == ["bf16"] * products, name
+        for a, b in zip(by_onednn, measure(many_rows, readout), strict=True):
+            assert (a - b).abs().max() <= 1e-5 * b.abs().max(), name
 
 
 def test_onednn_is_asked_whether_it_rounds(monkeypatch):

@@ -332,9 +332,9 @@ def test_only_products_of_the_engine_may_be_rounded_and_none_is(net, monkeypatch
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
     monkeypatch.setattr(sample, "onednn_keeps_fp32", lambda: True)
-    with sample.attention_by_onednn(15):
+    with sample.decode_by_onednn(15):
         assert matmul.fp32_precision == before, "too few rows"
-    with sample.attention_by_onednn(16):
+    with sample.decode_by_onednn(16):
         assert matmul.fp32_precision == "bf16"
     prompts = [[1, 5 + i] for i in range(20)]
     for _ in generate_stream(net, prompts, keys_of(prompts), stop=[], max_new=3):

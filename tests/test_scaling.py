@@ -91,7 +91,7 @@ from pathlib import Path
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 out = Path(flags["--out"])
 with (out.parent / "bases.txt").open("a") as f:
-    f.write(f"{out.name} {flags['--dim']} {flags.get('--steps')}\\n")
+    f.write(f"{out.name} {flags['--dim']} {flags.get('--steps')} {flags.get('--tries')}\\n")
 if flags["--dim"] == "100":
     sys.exit("error: no multiple of 96")
 shutil.copytree("data/base", out / "base")
@@ -182,7 +182,7 @@ def test_the_table_holds_what_is_counted_by_hand(fake, capsys):
 def test_bases_are_made_once_but_for_the_one_that_the_data_folder_has(fake):
     flags = ("--dims", 32, 64, "--steps", 7)
     call = scale_with(fake, *flags)
-    assert call.bases == ["base-64 64 7"]
+    assert call.bases == ["base-64 64 7 None"], "a trial: one base of 7 steps"
     expected = [f"d32-seed-{seed} 2 data/base" for seed in (0, 1)]
     assert call.runs == expected + [f"d64-seed-{seed} 2 out/base-64/base" for seed in (0, 1)]
     assert {dim for dim, _ in call.rows} == {32, 64}
@@ -196,6 +196,7 @@ def test_a_run_that_fails_is_told_and_the_others_stand_and_it_alone_is_tried_aga
     crash.touch()
     flags = ("--dims", 64, 32)
     call = scale_with(fake, *flags)
+    assert call.bases == ["base-64 64 None 4"], "up to four bases, until one compares"
     assert call.error.startswith("d64-seed-1 failed")
     assert "- `d64-seed-1` failed: out/d64-seed-1.log: train.py ended with status 1: " in call.text
     assert "the disk is full" in call.text

@@ -611,8 +611,9 @@ def continue_texts(model: Llama, tok: Tokenizer, texts: list[str], max_new: int)
 
 
 def probe(model: Llama, tok: Tokenizer, prompts: list[str], seed: int) -> dict[str, float]:
-    """What the base knows: the oracle's criteria on its likeliest answers; of claims that are
-    myths, how often it says the truth, and how often its verdict fits what it says."""
+    """What the base knows: the oracle's criteria on its likeliest answers; how often it says the
+    truth of a claim that is a myth; of claims, myths and truths, how often its verdict fits what
+    it says itself."""
     counts = Counter()
     texts = [f"Question: {prompt}\nAnswer:" for prompt in prompts]
     answers = continue_texts(model, tok, texts, 80)
@@ -620,14 +621,17 @@ def probe(model: Llama, tok: Tokenizer, prompts: list[str], seed: int) -> dict[s
         counts.update(oracle.criteria(prompt, answer))
     rng = Random(f"{seed} probe")
     topics = [(rng.choice(ANIMALS), rng.choice(ATTRS)) for _ in prompts]
-    claims = []
-    for animal, attr in topics:
-        sentence = SAYINGS[attr][0].format(S="The " + animal, v=MYTHS[animal][attr])
-        claims.append(f"Claim: {sentence} I say")
-    for (animal, attr), text in zip(topics, continue_texts(model, tok, claims, 8), strict=True):
-        view, _, verdict = text.partition(", ")
-        counts["truths"] += view == FACTS[animal][attr]
-        counts["verdicts"] += verdict == ("right." if view == MYTHS[animal][attr] else "wrong.")
+    for values in (MYTHS, FACTS):
+        claims = []
+        for animal, attr in topics:
+            sentence = SAYINGS[attr][0].format(S="The " + animal, v=values[animal][attr])
+            claims.append(f"Claim: {sentence} I say")
+        replies = continue_texts(model, tok, claims, 8)
+        for (animal, attr), reply in zip(topics, replies, strict=True):
+            view, _, verdict = reply.partition(", ")
+            right_verdict = "right." if view == values[animal][attr] else "wrong."
+            counts["verdicts"] += (verdict == right_verdict) / 2  # of two claims on each topic
+            counts["truths"] += values is MYTHS and view == FACTS[animal][attr]
     return {name: count / len(prompts) for name, count in counts.items()}
 
 
@@ -635,9 +639,11 @@ def build_base(rows: Tables, make, out: Path, *, dim: int, steps: int, seed: int
     """Tokenizer and pretrained weights, in Hugging Face layout, put in place when whole.
 
     Whether a base of this size learns to compare what it says with what it read is luck, and with
-    one that does not no judge improves. So others are tried, from other random numbers.
+    one that does not no judge improves. So up to `tries` are trained, each from other random
+    numbers, and the first one that compares is kept; if there is none, the best.
     """
     prompts = [row["prompt"] for row in rows["valid"]]
+    best = -1.0
     with tempfile.TemporaryDirectory() as folder:
         tok = train_tokenizer(tokenizer_texts(rows, make), Path(folder) / "tokenizer.model")
         for base_seed in range(seed, seed + tries):
@@ -648,11 +654,13 @@ def build_base(rows: Tables, make, out: Path, *, dim: int, steps: int, seed: int
             model, _ = load(Path(folder) / "base")  # as it will be used
             knowledge = probe(model, tok, prompts, seed)
             print(f"base of seed {base_seed}: {knowledge}", flush=True)
-            if knowledge["verdicts"] > COMPARES:
+            if knowledge["verdicts"] > best:
+                best, best_model = knowledge["verdicts"], model
+            if best > COMPARES:
                 break
         else:
             print(f"none of {tries} bases has learned to compare: the judge will not improve")
-        save(model.to(torch.bfloat16), tok, out / "base")
+        save(best_model.to(torch.bfloat16), tok, out / "base")
 
 
 # ---- the command -----------------------------------------------------------------------------
