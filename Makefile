@@ -56,7 +56,7 @@ reproduce: .venv/report  ## seeds 0 to 4 of the default run, each with its repor
 ablations: .venv/report  ## the method without each of its parts, three seeds, one table: two hours (ARGS="--workers 8")
 	$(BIN)/python -m scripts.ablate $(ARGS)
 
-scaling: .venv/report  ## bases of three sizes, five iterations, three seeds, one table and figure: many hours (ARGS="--workers 8")
+scaling: .venv/report  ## bases of three sizes, five iterations, three seeds, one table and figure: two hours (ARGS="--workers 8")
 	$(BIN)/python -m scripts.scaling $(ARGS)
 
 zoo: .venv/report  ## make the zoo's rows and its pretrained base again, from a seed; half an hour
