@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
@@ -178,20 +179,30 @@ def prefill(model: Llama, texts: list[list[int]], prefix: "KeyValues | None" = N
     return context, logits
 
 
-class KeyValues:
+def constant(tensor) -> nn.Parameter:
+    """What a module holds and nothing learns."""
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+class KeyValues(nn.Module):
     """One level of the cache: keys and values of R rows in all layers, row r in columns 0 to
     lengths[r].
 
-    Keys lie as scores need them, a column a token: products of many small matrices take two
-    thirds of the time then. Rows have no more columns than are read (`resize`): oneDNN copies
-    what lies apart.
+    A module, since torch.compile makes a CUDA graph only of a step that writes to a module's
+    tensors, which stay where they are. Keys lie as scores need them, a column a token: products
+    of many small matrices take two thirds of the time then. Rows have no more columns than are
+    read (`resize`): oneDNN copies what lies apart.
     """
 
     def __init__(self, like: Prefill, rows: int):
-        self.k = [t.new_zeros(rows, t.shape[1], t.shape[3], 0) for t in like.k]  # (R, K, hd, S)
-        self.v = [t.new_zeros(rows, t.shape[1], 0, t.shape[3]) for t in like.v]  # (R, K, S, hd)
+        super().__init__()
+        self.k, self.v = nn.ParameterList(), nn.ParameterList()
+        for k, v in zip(like.k, like.v, strict=True):
+            self.k.append(constant(k.new_zeros(rows, k.shape[1], k.shape[3], 0)))  # (R, K, hd, S)
+            self.v.append(constant(v.new_zeros(rows, v.shape[1], 0, v.shape[3])))  # (R, K, S, hd)
         # an idle row holds one token of zeros, since a softmax over nothing is not a number
-        self.lengths = torch.ones(rows, dtype=torch.long, device=self.k[0].device)  # (R,)
+        lengths = torch.ones(rows, dtype=torch.long, device=like.k[0].device)
+        self.register_buffer("lengths", lengths)  # (R,)
 
     @property
     def width(self) -> int:
@@ -203,8 +214,8 @@ class KeyValues:
         if not more:
             return
         for layer in range(len(self.k)):  # not all at once, or they would take twice the memory
-            self.k[layer] = F.pad(self.k[layer], (0, more))
-            self.v[layer] = F.pad(self.v[layer], (0, 0, 0, more))
+            self.k[layer] = constant(F.pad(self.k[layer], (0, more)))
+            self.v[layer] = constant(F.pad(self.v[layer], (0, 0, 0, more)))
 
     def fill(self, rows: list[int], context: Prefill, lengths: list[int]):
         """Put what was read of some prompts into these rows."""
@@ -216,8 +227,9 @@ class KeyValues:
 
     def select(self, rows):
         """Keep these rows only."""
-        self.k = [t[rows] for t in self.k]
-        self.v = [t[rows] for t in self.v]
+        for layer in range(len(self.k)):
+            self.k[layer] = constant(self.k[layer][rows])
+            self.v[layer] = constant(self.v[layer][rows])
         self.lengths = self.lengths[rows]
 
     def mask(self):

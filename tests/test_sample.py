@@ -311,6 +311,21 @@ def test_compiled_steps_change_nothing_and_are_compiled_once_a_width(nets, n, co
     assert len(compiled) == num_graphs > 0, "the same shapes are not compiled again"
 
 
+def test_a_compiled_step_writes_only_to_what_stays_where_it_is(nets, compiled):
+    """Else torch.compile makes no CUDA graph of it and tells nobody. (The mark that it goes by has
+    no public name.)"""
+    net = nets["grouped"]
+    prompts = with_common_prefix(random.Random(0), 4)
+    settings = {"stop": [], "max_new": 4, "compile": True}
+    generate(net, prompts, keys_of(prompts), n=3, **settings)
+    inputs = [node for node in compiled[0].graph.nodes if node.op == "placeholder"]
+    moving = [i for i in inputs if not i.meta["tensor_dict"].get("_dynamo_static_input_type")]
+    keys = [i for i in inputs if i not in moving and "_modules_k_param" in i.name]
+    assert len(keys) == 3 * net.cfg.layers, "own tokens, prompts and prefix"
+    shapes = [i.meta["example_value"].shape for i in moving]
+    assert shapes == [(12,), (12,)], "the newest tokens, and how many came before"
+
+
 def test_where_torch_compile_fails_steps_are_as_they_were(net, monkeypatch, recwarn):
     def fail(*_, **__):
         raise RuntimeError("no compiler found\nand more")
@@ -637,7 +652,7 @@ def test_idle_and_ended_slots_change_no_token_of_another(nets, n, monkeypatch):
             levels["groups"] = (scheduler.prompt_level, ended.view(-1, n).all(1))
         for name, (level, rows) in levels.items():
             num_garbled[name] += int(rows.sum())
-            for t in level.k + level.v:
+            for t in (*level.k, *level.v):
                 t[rows] = 100 * torch.randn_like(t[rows])
         plain_decode(scheduler)
         assert scheduler.logits.isfinite().all()
@@ -823,7 +838,7 @@ def test_half_of_the_free_memory_bounds_the_samples_side_by_side(net, n, length,
         held = []
         for _ in scheduler.run([], 1.0, 1.0):
             levels = {id(level): level for level in (scheduler.cache.own, scheduler.prompt_level)}
-            held.append(sum(t.nbytes for level in levels.values() for t in level.k + level.v))
+            held.append(sum(t.nbytes for level in levels.values() for t in (*level.k, *level.v)))
     assert max(held) == room, "what is reckoned with is what is taken"
 
     monkeypatch.setattr(sample, "free_memory", lambda device: 2 * room - 2)
