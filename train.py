@@ -927,8 +927,9 @@ def time_threads(cfg: Config) -> dict[int, float]:
     most = torch.get_num_threads()
     counts = [2**i for i in range(most.bit_length())] + [most]
     times = {count: [] for count in sorted(set(counts))}
-    end = time.perf_counter() + 1
-    while time.perf_counter() < end:  # in turns, so that what else runs meets all alike
+    seconds = 1 if most > 1 else 0  # one thread alone has no rival
+    end = time.perf_counter() + seconds
+    while not times[1] or time.perf_counter() < end:  # in turns: what else runs meets all alike
         for count, taken in times.items():
             torch.set_num_threads(count)
             start = time.perf_counter()
