@@ -13,7 +13,7 @@ K key/value heads, hd head size.
 """
 
 import random
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 
 import torch
@@ -138,7 +138,6 @@ class PackedBatch:
         positions = [torch.arange(start, start + length) for length, _, start in segments]
         self.positions = torch.cat(positions)[None].to(device)  # (1, T)
         self.masks = None  # made in the first layer, the same in all
-        self.varlen_index = None
 
     def attend(self, layer: int, q, k, v):
         """Causal attention: q (1, H, T, hd), k and v (1, K, T, hd) -> (1, H, T, hd)."""
@@ -161,8 +160,6 @@ class PackedBatch:
         # imported here, since it brings torch's compiler along: a second
         from torch.nn.attention.varlen import varlen_attn
 
-        if self.varlen_index is None:
-            self.varlen_index = self.index_keys(q.device)
         key_index, *ends_and_lengths = self.varlen_index
         q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))  # (T, H or K, hd)
         if key_index is not None:
@@ -174,9 +171,11 @@ class PackedBatch:
         out = varlen_attn(q, k, v, *ends_and_lengths, window_size=(-1, 0))
         return out.transpose(0, 1)[None]
 
-    def index_keys(self, device):
+    @cached_property
+    def varlen_index(self):
         """The keys that segments see in turn (None: all as they lie), where segments end among
         queries and among keys, and the longest of both."""
+        device = self.positions.device
         starts = [0, *accumulate(self.lengths)]
         spans = []
         for i, (length, prefix_of, prefix_len) in enumerate(self.segments):
@@ -249,19 +248,11 @@ def token_logps(hidden, lm_head, targets):
     return zeros.masked_scatter(mask, torch.cat(logps))
 
 
-def sum_by_segment(values, batch: PackedBatch):
-    """Sums over the segments of a packed batch: (1, T) -> (number of segments,)."""
-    return torch.stack([segment.sum() for segment in values[0].split(batch.lengths)])
-
-
 def sequence_logps(model, tokens, targets, batch: PackedBatch):
     """log pi(response | prompt), summed over its tokens (the end of sequence among them, if it was
     sampled): a number a segment. The sum, not the mean: DPO is not length-normalised."""
-
-    def readout(hidden, lm_head):
-        return token_logps(hidden, lm_head, targets)
-
-    return sum_by_segment(model(tokens, batch, readout), batch)
+    logps = model(tokens, batch, partial(token_logps, targets=targets))  # (1, T)
+    return torch.stack([segment.sum() for segment in logps[0].split(batch.lengths)])
 
 
 # ---- the two losses ---------------------------------------------------------------------------

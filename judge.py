@@ -15,9 +15,8 @@ import math
 import random
 import re
 from collections import Counter, defaultdict
+from itertools import combinations
 from pathlib import Path
-
-import numpy as np
 
 from model import Llama, Tokenizer, UserError, read_text
 from sample import fingerprint, generate, load_for_sampling, read_jsonl, run_command
@@ -59,16 +58,9 @@ CONTINUES = re.compile(
 )
 
 
-def without_thinking(text: str) -> str:
-    """A judgement without what a reasoning model has thought aloud before it."""
-    text = text.rpartition("</think>")[2]  # the opening tag may stand in the prompt
-    return text.partition("<think>")[0]  # not closed: it was cut while thinking
-
-
 def find_verdict(text: str) -> re.Match | None:
     """The points behind the last `Score:`, if they are readable, on the scale, and no part of a
     sum or a range."""
-    text = without_thinking(text)
     markers = [m for m in MARKER.finditer(text) if text[m.end() :].strip()]
     verdicts = [m for m in markers if not OTHER_SCORE.search(text[: m.start()][-30:])]
     points = POINTS.match(text, verdicts[-1].end()) if verdicts else None
@@ -159,7 +151,10 @@ def why_unreadable(judgement: dict) -> str | None:
 def judging_remedy(judgements: list[dict]) -> str:
     """What to do when too few judgements can be read."""
     if not judgements:
-        return "no response leaves room for the judge: shorten judge.txt or the responses"
+        return (
+            "no response could be judged, they are empty or leave the judge no room: give more "
+            "SFT, or shorten judge.txt or the responses"
+        )
     reasons = Counter(why_unreadable(j) for j in judgements)
     if reasons["cut by the length limit"] > len(judgements) / 2:
         return "most judgements are cut: raise --max-judgement, or teach shorter ones"
@@ -190,7 +185,7 @@ def prefer(
         worst = min(responses, key=lambda c: c["score"])
         if best["score"] == worst["score"]:
             tally["tie"] += 1
-        elif best["response"] == worst["response"] or best["tokens"] == worst["tokens"]:
+        elif best["response"] == worst["response"]:
             tally["identical texts"] += 1
         else:
             tally["pair"] += 1
@@ -250,12 +245,12 @@ def why_rejected(ranks: list[int], scores: list[float]) -> str | None:
     """
     if len(ranks) < 2:
         return "alone in its try"
-    i, j = np.triu_indices(len(ranks), 1)
-    ranks, scores = np.asarray(ranks), np.asarray(scores)
-    agreement = (ranks[j] - ranks[i]) * (scores[i] - scores[j])  # rank 0 is best, as is score 5
-    if (agreement < 0).any():
+    agreements = []
+    for i, j in combinations(range(len(ranks)), 2):
+        agreements.append((ranks[j] - ranks[i]) * (scores[i] - scores[j]))  # 0 is the best rank
+    if min(agreements) < 0:
         return "against the people's order"
-    return None if (agreement > 0).any() else "parts no replies that people part"
+    return None if max(agreements) > 0 else "parts no replies that people part"
 
 
 def goes_on_after_verdict(text: str) -> bool:

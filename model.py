@@ -65,18 +65,6 @@ class ModelConfig:
         return self.dim // self.heads
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension, in fp32 inside."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 def rope_tables(positions, head_dim: int, theta: float):
     """Rotary angles: positions (B, T) -> cos and sin as `rotate` wants them, (B, 1, T, hd) fp32.
 
@@ -143,9 +131,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, cfg: ModelConfig, dropout: float):
         super().__init__()
-        self.input_layernorm = RMSNorm(cfg.dim, cfg.norm_eps)
+        # x / sqrt(mean(x^2) + eps) * weight, over the width, in fp32 inside
+        self.input_layernorm = nn.RMSNorm(cfg.dim, cfg.norm_eps)
         self.self_attn = Attention(cfg)
-        self.post_attention_layernorm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(cfg.dim, cfg.norm_eps)
         self.mlp = MLP(cfg)
         self.dropout = nn.Dropout(dropout)
 
@@ -164,7 +153,7 @@ class Llama(nn.Module):
         self.banned_ids: list[int] = []  # ids that are no text: never drawn; load fills it
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.layers = nn.ModuleList(Block(cfg, dropout) for _ in range(cfg.layers))
-        self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.norm = nn.RMSNorm(cfg.dim, cfg.norm_eps)
         self.lm_head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         for p in self.parameters():
             if p.dim() == 2:
@@ -291,19 +280,22 @@ def read_json(path: Path, kind: type = dict) -> dict | list:
     return value
 
 
-def atomic_write(path: Path, text: str):
+def atomic_write(path: Path, content: str | bytes):
     """Whole or not at all: what stands at `path` is never half-written, even after a power cut."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as f:
-        f.write(text)
-        flush_and_fsync(f)
+    with temporary.open("wb") as f:
+        write_and_sync(f, content)
     os.replace(temporary, path)
 
 
-def flush_and_fsync(f):
-    """What has been written to an open file is on disk when this returns."""
-    f.flush()
-    os.fsync(f.fileno())
+def write_and_sync(f, content: str | bytes = b""):
+    """Write to an open binary file: all it was given is on disk when this returns."""
+    try:
+        f.write(content.encode() if isinstance(content, str) else content)
+        f.flush()
+        os.fsync(f.fileno())
+    except OSError as e:  # it does not say where
+        raise UserError(f"{f.name}: {e.strerror}; make room and start again") from None
 
 
 def write_json(path: Path, value: dict | list, indent: int | None = 2):
@@ -325,7 +317,7 @@ def first_names(names) -> str:
     """The first names of a set, for a message."""
     names = sorted(names)
     rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + rest
+    return ", ".join(names[:3]) + rest or "none"
 
 
 # ---- model folders in Hugging Face layout, in and out ----------------------------------------
@@ -347,8 +339,7 @@ HF_KEYS = {
 LLAMA_2_ONLY = {"model_type": "llama", "hidden_act": "silu"}
 LLAMA_2_ONLY |= {"attention_bias": False, "mlp_bias": False}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# tables that older files store and we compute; the copy that some files of tied models hold
-IGNORED_WEIGHTS = ("rotary_emb.inv_freq", HEAD)
+ROPE_TABLE = "rotary_emb.inv_freq"  # older files store it
 SHARD_BYTES = 2 << 30  # of a weights file; the process that writes holds one
 SHARD_INDEX = "model.safetensors.index.json"
 
@@ -357,10 +348,10 @@ def read_config(folder: Path) -> ModelConfig:
     """config.json of transformers 4 or 5 -> ModelConfig; a null counts as not there."""
     path = folder / "config.json"
     config = read_json(path)
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     rope = rope if isinstance(rope, dict) else {"type": rope}
     d = {key: value for key, value in (*config.items(), *rope.items()) if value is not None}
-    d["rope type"] = d.get("rope_type", d.get("type", "default"))
+    d["rope type"] = rope.get("rope_type") or rope.get("type") or "default"
     if d["rope type"] == "linear" and d.get("factor") == 1:
         d["rope type"] = "default"  # positions divided by 1
     d.setdefault("model_type", "absent")
@@ -461,6 +452,11 @@ def read_weight_shapes(file: Path) -> dict[str, tuple]:
     return shapes
 
 
+def read_weight(file: Path, name: str) -> torch.Tensor:
+    with safe_open(file, "pt") as f:
+        return f.get_tensor(name)
+
+
 def check_weights(folder: Path, params: dict[str, torch.Tensor]):
     """UserError unless the files hold exactly these parameters: loading is strict.
 
@@ -478,17 +474,19 @@ def check_weights(folder: Path, params: dict[str, torch.Tensor]):
             f"{folder}: no weights in .safetensors files; is the folder whole? Others (.bin) are "
             "to be written anew by transformers: from_pretrained(...).save_pretrained(OUT)"
         )
-    if EMBEDDING not in shapes and HEAD in shapes.keys() - params.keys():
-        params[HEAD] = params.pop(EMBEDDING)
-    extra = [name for name in shapes if name not in params and not name.endswith(IGNORED_WEIGHTS)]
-    if missing := params.keys() - shapes.keys():
-        remedy = "is this a whole Llama? Copy it again"
-        if extra:
-            remedy = "write a LlamaForCausalLM by its save_pretrained, without what wraps it"
-            remedy += f" (peft: merge_and_unload()), since there are {first_names(extra)}"
-        raise UserError(f"{folder}: no weights named {first_names(missing)}; {remedy}")
-    if extra:
-        raise UserError(f"{folder}: weights that a Llama has no place for: {first_names(extra)}")
+    if HEAD in shapes and HEAD not in params:  # a tied model's, stored all the same
+        if EMBEDDING not in shapes:
+            params[HEAD] = params.pop(EMBEDDING)
+        elif torch.equal(*(read_weight(folder / files[name], name) for name in (EMBEDDING, HEAD))):
+            del shapes[HEAD]
+    extra = [name for name in shapes if name not in params and not name.endswith(ROPE_TABLE)]
+    missing = params.keys() - shapes.keys()
+    if missing or extra:
+        raise UserError(
+            f"{folder}: not a Llama's weights: missing {first_names(missing)}, without a place "
+            f"{first_names(extra)}; copy it again, or write a LlamaForCausalLM by its "
+            "save_pretrained, without what wraps it (peft: merge_and_unload())"
+        )
     for name, p in params.items():
         if shapes[name] != tuple(p.shape):
             raise UserError(
@@ -521,8 +519,20 @@ def load(
     check_weights(folder, params)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of no_dist: every process reads by itself
-        dcp.load(params, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+        try:
+            dcp.load(params, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+        except dcp.CheckpointException as e:
+            raise UserError(f"{folder}: {checkpoint_error(e)!r}; copy it again") from None
     return model, tok
+
+
+def checkpoint_error(e: dcp.CheckpointException) -> BaseException:
+    """Why torch could not read or write a checkpoint. It wraps whatever was raised, even Ctrl-C,
+    which is raised again."""
+    reason = next(iter(e.failures.values()))[0]
+    if isinstance(reason, KeyboardInterrupt):
+        raise reason from None
+    return reason
 
 
 @torch.no_grad()
@@ -540,7 +550,7 @@ def save(
     """
     folder = Path(folder)
     if write:
-        write_small_files(model.cfg, tok, folder, sampling or {})
+        write_small_files(model.cfg, tok, folder, sampling)
     shards = split_into_shards(model)
     weight_map, file = {}, "model.safetensors"
     for number, shard in enumerate(shards, start=1):
@@ -585,20 +595,17 @@ def write_weights(path: Path, tensors: dict[str, torch.Tensor]):
         raise UserError(f"{temporary}: {e}; make room and start again") from None
     temporary.chmod(mode)  # save_file lets nobody else read it
     with temporary.open("rb+") as f:
-        flush_and_fsync(f)
+        write_and_sync(f)
     os.replace(temporary, path)
 
 
-def write_small_files(cfg: ModelConfig, tok: Tokenizer, folder: Path, sampling: dict):
+def write_small_files(cfg: ModelConfig, tok: Tokenizer, folder: Path, sampling: dict | None):
     """Tokenizer and chat format for whoever reads the folder, after what an old model left."""
     folder.mkdir(parents=True, exist_ok=True)
     for pattern in ("config.json", "tokenizer.json", "model*.safetensors", SHARD_INDEX):
         for path in folder.glob(pattern):
             path.unlink()
-    if tok.path.resolve() != (folder / "tokenizer.model").resolve():
-        with (folder / "tokenizer.model").open("wb") as f:
-            f.write(tok.path.read_bytes())
-            flush_and_fsync(f)
+    atomic_write(folder / "tokenizer.model", tok.path.read_bytes())
     if can_export(tok):
         write_json(folder / "tokenizer.json", tokenizer_json(tok), indent=None)
     else:
@@ -762,24 +769,31 @@ class OneDNNProduct(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         with matmul_precision("bf16"):
-            return grad @ weight, grad.T @ x
+            return grad @ weight, (x.T @ grad).T  # it lies as the weight does
+
+
+class OneDNNLinear(nn.Linear):
+    """Multiplies many rows by oneDNN."""
+
+    def forward(self, x):
+        num_rows = x.numel() // self.in_features
+        if num_rows < MIN_ONEDNN_ROWS or torch.compiler.is_compiling():
+            return F.linear(x, self.weight)
+        product = OneDNNProduct.apply(x.flatten(0, -2), self.weight)  # (n, out)
+        return product.unflatten(0, x.shape[:-1])
 
 
 def use_onednn_linear(model: Llama):
-    """A model of fp32 on a CPU multiplies many rows by oneDNN from now on, if that keeps fp32."""
+    """A model of fp32 on a CPU multiplies many rows by oneDNN from now on, if that keeps fp32.
+
+    Weights keep their shape (out, in), but lie transposed: products read them faster so.
+    """
     if not onednn_keeps_fp32():
         return
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            module.forward = partial(onednn_linear, module)
-
-
-def onednn_linear(linear: nn.Linear, x):
-    num_rows = x.numel() // linear.in_features
-    if num_rows < MIN_ONEDNN_ROWS or torch.compiler.is_compiling():
-        return F.linear(x, linear.weight)
-    product = OneDNNProduct.apply(x.flatten(0, -2), linear.weight)  # (n, out)
-    return product.unflatten(0, x.shape[:-1])
+            module.weight.data = module.weight.data.T.contiguous().T
+            module.__class__ = OneDNNLinear
 
 
 # ---- many processes: applied from outside, in place ------------------------------------------
@@ -819,7 +833,7 @@ class CopyToTP(torch.autograd.Function):
         return grad, None
 
 
-def replicated_norm(norm: RMSNorm, mesh, x):
+def replicated_norm(norm: nn.RMSNorm, mesh, x):
     """Whole on every rank, yet on the mesh, or its gradient could not be clipped with others."""
     weight = norm.weight.to_local()
     return CopyToTP.apply(F.rms_norm(x, weight.shape, weight, norm.eps), mesh.get_group())
@@ -885,10 +899,10 @@ def parallelize(model: Llama, mesh, dtype: torch.dtype, activation_checkpointing
     inside a block is computed again in backward, which saves memory and costs time.
     """
     if mesh["tp"].size() > 1:
-        for module, placement, _ in tp_modules(model):
+        for module, placement, forward in tp_modules(model):
             module.weight = nn.Parameter(distribute_tensor(module.weight, mesh["tp"], [placement]))
+            module.forward = partial(forward, module, mesh["tp"])
         model.tie_weights()
-        use_tp_forwards(model, mesh["tp"])
     # inputs are not cast, or every block would round the rotary angles it is handed
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -908,11 +922,6 @@ def tp_modules(model: Llama):
         for pattern, (placement, forward) in TP_PLAN.items():
             if fnmatch(name, pattern):
                 yield module, placement, forward
-
-
-def use_tp_forwards(model: Llama, mesh):
-    for module, _, forward in tp_modules(model):
-        module.forward = partial(forward, module, mesh)
 
 
 @contextmanager
@@ -936,7 +945,8 @@ def unsharded(model: Llama, mesh):
         plain.tie_weights()
         plain.banned_ids = model.banned_ids
         if mesh["tp"].size() > 1:
-            use_tp_forwards(plain, mesh["tp"])
+            for module, _, forward in tp_modules(plain):
+                module.forward = partial(forward, module, mesh["tp"])
         yield plain.eval()
     finally:
         for module in sharded:

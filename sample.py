@@ -25,7 +25,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -58,10 +57,14 @@ def fingerprint(*values) -> str:
     return hashlib.blake2b(repr(values).encode(), digest_size=8).hexdigest()
 
 
+def seed_of(*key) -> int:
+    """A seed that depends on nothing but the key."""
+    return int(fingerprint(*key), 16) >> 1
+
+
 def uniforms(key: tuple, count: int) -> torch.Tensor:
     """`count` random numbers in [0, 1) that depend on nothing but the key."""
-    seed = int(fingerprint(*key), 16) >> 1
-    return torch.rand(count, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed_of(*key)))
 
 
 def sample_token(logits, u, temperature: float, top_p: float):
@@ -127,8 +130,9 @@ def cumulative_sum(weights):
 PREFILL_TOKENS = 1024  # prompt tokens read at once: on a CPU more do not stay in its caches
 PREFILL_TOKENS_GPU = 8192
 MIN_COMMON_PREFIX = 16  # a beginning of as many tokens that all prompts share is held once
-WIDTH_STEP = 32  # rows of keys are made longer by as much
+WIDTH_STEP = 16  # rows of keys are made longer by as much
 COMPILED_WIDTH = 128  # and where each length is compiled, from as many on to twice as many
+MAX_COMPILATIONS = 64  # of the widths of all levels; behind them PyTorch goes on eagerly
 MIN_ONEDNN_SLOTS = 16  # of a decode step: fewer take oneDNN longer than MKL
 STEPS_PER_SYNC = 8  # decode steps on a GPU between two looks at the tokens, which wait for it
 
@@ -144,37 +148,34 @@ class Prefill:
     """What tokens see while prompts are read: texts (B, T), padded on the right, each behind the
     same prefix. Keeps their keys and values."""
 
-    def __init__(self, length: int, prefix: "KeyValues | None", device):
+    def __init__(self, lengths: list[int], prefix: "KeyValues | None", device):
+        self.lengths = torch.tensor(lengths, device=device)  # (B,)
         self.prefix = prefix
-        self.start = prefix.width if prefix else 0
-        self.positions = torch.arange(self.start, self.start + length, device=device)[None]
         self.k, self.v = [], []  # of each layer, (B, K, T, hd)
-        self.mask = None
-        if prefix:
-            seen = torch.ones(length, self.start + length, dtype=torch.bool, device=device)
-            self.mask = seen.tril(self.start)
+        start = prefix.width if prefix else 0
+        columns = torch.arange(start + max(lengths), device=device)
+        self.positions = columns[None, start:]  # (1, T)
+        self.mask = columns <= self.positions.mT  # (T, start + T)
 
     def attend(self, layer: int, q, k, v):  # (B, H, T, hd), (B, K, T, hd) -> (B, H, T, hd)
         self.k.append(k)
         self.v.append(v)
-        if self.prefix:
-            k = torch.cat((self.prefix.k[layer].mT.expand(len(k), -1, -1, -1), k), dim=2)
-            v = torch.cat((self.prefix.v[layer].expand(len(v), -1, -1, -1), v), dim=2)
-        if self.mask is not None and q.is_cuda:  # no fused kernel takes a mask and grouped queries
-            group = q.shape[1] // k.shape[1]
+        group = q.shape[1] // k.shape[1]
+        if not self.prefix:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
+        k = torch.cat((self.prefix.k[layer].mT.expand(len(k), -1, -1, -1), k), dim=2)
+        v = torch.cat((self.prefix.v[layer].expand(len(v), -1, -1, -1), v), dim=2)
+        if q.is_cuda:  # no fused kernel there takes a mask and grouped queries
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        return F.scaled_dot_product_attention(
-            q, k, v, self.mask, is_causal=self.mask is None, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        return F.scaled_dot_product_attention(q, k, v, self.mask, enable_gqa=not q.is_cuda)
 
 
 def prefill(model: Llama, texts: list[list[int]], prefix: "KeyValues | None" = None):
     """Read texts behind a prefix: their keys and values, and the logits (B, V) that follow."""
     device = model.embed_tokens.weight.device
     tokens = pad_sequence([torch.tensor(ids) for ids in texts], batch_first=True).to(device)
-    last = torch.tensor([len(ids) - 1 for ids in texts], device=device)
-    rows = torch.arange(len(texts), device=device)
-    context = Prefill(tokens.shape[1], prefix, device)
+    context = Prefill([len(ids) for ids in texts], prefix, device)
+    rows, last = torch.arange(len(texts), device=device), context.lengths - 1
     logits = model(tokens, context, lambda hidden, lm_head: lm_head(hidden[rows, last]).float())
     return context, logits
 
@@ -201,8 +202,7 @@ class KeyValues(nn.Module):
             self.k.append(constant(k.new_zeros(rows, k.shape[1], k.shape[3], 0)))  # (R, K, hd, S)
             self.v.append(constant(v.new_zeros(rows, v.shape[1], 0, v.shape[3])))  # (R, K, S, hd)
         # an idle row holds one token of zeros, since a softmax over nothing is not a number
-        lengths = torch.ones(rows, dtype=torch.long, device=like.k[0].device)
-        self.register_buffer("lengths", lengths)  # (R,)
+        self.lengths = nn.Buffer(like.lengths.new_ones(rows))  # (R,)
 
     @property
     def width(self) -> int:
@@ -217,13 +217,15 @@ class KeyValues(nn.Module):
             self.k[layer] = constant(F.pad(self.k[layer], (0, more)))
             self.v[layer] = constant(F.pad(self.v[layer], (0, 0, 0, more)))
 
-    def fill(self, rows: list[int], context: Prefill, lengths: list[int]):
+    def fill(self, rows: list[int], context: Prefill):
         """Put what was read of some prompts into these rows."""
+        T = context.k[0].shape[2]
+        self.resize(max(self.width, T))
         to = torch.tensor(rows, device=self.lengths.device)
         for layer, (k, v) in enumerate(zip(context.k, context.v, strict=True)):
-            self.k[layer][to, :, :, : k.shape[2]] = k.mT
-            self.v[layer][to, :, : v.shape[2]] = v
-        self.lengths[to] = torch.tensor(lengths, device=self.lengths.device)
+            self.k[layer][to, :, :, :T] = k.mT
+            self.v[layer][to, :, :T] = v
+        self.lengths[to] = context.lengths
 
     def select(self, rows):
         """Keep these rows only."""
@@ -235,10 +237,8 @@ class KeyValues(nn.Module):
     def mask(self):
         """What is added to scores, (R * K, 1, width): -inf behind the end of a row."""
         columns = torch.arange(self.width, device=self.lengths.device)
-        bias = torch.zeros(len(self.lengths), self.width, device=self.lengths.device)
-        bias = bias.masked_fill(columns >= self.lengths[:, None], float("-inf"))
-        bias = bias.to(self.k[0].dtype)
-        return bias.repeat_interleave(self.k[0].shape[1], 0)[:, None]
+        bias = torch.where(columns < self.lengths[:, None], 0.0, float("-inf"))
+        return bias.to(self.k[0].dtype).repeat_interleave(self.k[0].shape[1], 0)[:, None]
 
     def attend(self, layer: int, q, mask):
         """Attention of one query a slot: q (B, K, g, hd) -> (B, K, g, hd) and (B, K, g, 1)."""
@@ -269,32 +269,18 @@ def merge_states(outputs: tuple, lses: tuple):
     return (torch.stack(outputs) * weights).sum(0).to(outputs[0].dtype)
 
 
-class KVCache:
-    """All levels: the slots' own tokens, and those that several slots share."""
+class DecodeStep:
+    """What the slots' newest tokens see: the slots' own tokens up to themselves, then the levels
+    that several slots share."""
 
     def __init__(self, levels: list[KeyValues]):
-        self.own, *self.shared = levels
-        self.before = torch.zeros_like(self.own.lengths)  # (B,) tokens in the shared levels
-
-    def set_widths(self, *widths: int):
-        """Columns that the first levels need from now on."""
-        for level, width in zip((self.own, *self.shared), widths, strict=False):
-            level.resize(width)
-
-    def advance(self):
-        """One token a slot is about to come; ended slots stay in their last column."""
-        self.own.lengths.add_(1).clamp_(max=self.own.width)
-
-
-class DecodeStep:
-    """What the slots' newest tokens see: all levels, the slots' own tokens up to themselves."""
-
-    def __init__(self, cache: KVCache):
-        self.levels = [cache.own, *cache.shared]
-        self.masks = [level.mask() for level in self.levels]
-        self.columns = cache.own.lengths - 1  # (B,)
-        self.positions = (cache.before + self.columns)[:, None]  # (B, 1)
-        self.slots = torch.arange(len(self.columns), device=self.columns.device)
+        self.levels = levels
+        self.masks = [level.mask() for level in levels]
+        self.columns = levels[0].lengths - 1  # (B,)
+        B = len(self.columns)
+        self.slots = torch.arange(B, device=self.columns.device)
+        lengths = [level.lengths[self.slots * len(level.lengths) // B] for level in levels]
+        self.positions = (sum(lengths) - 1)[:, None]  # (B, 1)
 
     def attend(self, layer: int, q, k, v):  # (B, H, 1, hd), (B, K, 1, hd) -> (B, H, 1, hd)
         own = self.levels[0]
@@ -308,9 +294,9 @@ class DecodeStep:
         return merge_states(*zip(*states, strict=True)).view(q.shape)
 
 
-def decode(model: Llama, tokens, cache: KVCache):
+def decode(model: Llama, tokens, levels: list[KeyValues]):
     """The slots' newest tokens (B,) -> logits (B, V) of what follows them."""
-    step = DecodeStep(cache)
+    step = DecodeStep(levels)
     return model(tokens[:, None], step, lambda hidden, lm_head: lm_head(hidden[:, -1]).float())
 
 
@@ -329,14 +315,18 @@ def can_compile(device: torch.device) -> bool:
 @lru_cache(maxsize=1)
 def compiled_decode(device: torch.device, slots: int, levels: int):
     """`decode` by torch.compile, anew for each width of each level; on a GPU as a CUDA graph."""
-    torch.compiler.reset()  # PyTorch keeps few compilations of a function: those of other slots go
+    torch.compiler.reset()  # those of other slots and their graphs go
+    torch.compiler.config.recompile_limit = MAX_COMPILATIONS
     mode = "reduce-overhead" if device.type == "cuda" else "default"
     return torch.compile(decode, dynamic=False, mode=mode)
 
 
-def compiled_width(length: int) -> int:
-    """Columns that hold so many tokens where each width is compiled: few widths."""
-    return max(COMPILED_WIDTH, 1 << (length - 1).bit_length())
+def cache_width(length: int, compiled: bool) -> int:
+    """Columns that hold so many tokens: rows change their width seldom, and where each width is
+    compiled very seldom."""
+    if compiled:
+        return max(COMPILED_WIDTH, 1 << (length - 1).bit_length())
+    return -(-length // WIDTH_STEP) * WIDTH_STEP
 
 
 def common_prefix(prompts: list[list[int]]) -> list[int]:
@@ -345,19 +335,11 @@ def common_prefix(prompts: list[list[int]]) -> list[int]:
     return ids[: min(map(len, prompts)) - 1]
 
 
-@dataclass
-class Sequence:
-    """A sample in a slot."""
-
-    number: int  # i * n + k: sample k of prompt i
-    num_generated: int = 0
-
-
 class Scheduler:
-    """Which sequences are in the slots: `generate_stream` with its state.
+    """Which samples are in the slots: `generate_stream` with its state.
 
     Prompts wait in a queue, the longest first. A group takes the next prompt when its last
-    sequence has ended; when the queue is empty, groups that have ended are dropped.
+    sample has ended; when the queue is empty, groups that have ended are dropped.
     """
 
     def __init__(
@@ -374,47 +356,46 @@ class Scheduler:
         self.device = logits.device
         compile = logits.is_cuda if compile is None else compile
         self.compile = compile and can_compile(self.device)
-        longest = len(prompts[self.waiting[-1]]) - self.skip
-        # a lone sample's prompt lies in front of its own tokens: one level less to merge
-        self.capacities = [max_new, longest] if n > 1 else [longest + max_new]
-        if self.compile:
-            self.capacities = list(map(compiled_width, self.capacities))
+        widths = self.widths(self.waiting, max_new)
         groups = min(max(1, batch // n), len(prompts))
-        group_tokens = n * self.capacities[0] + sum(self.capacities[1:])
-        groups = agree(affordable(groups, group_tokens, first))
+        groups = agree(affordable(groups, n * widths[0] + sum(widths[1:]), first))
 
-        levels = [KeyValues(first, groups * n)]
+        self.own = self.prompt_level = KeyValues(first, groups * n)
+        self.levels = [self.own]
         if n > 1:
-            levels.append(KeyValues(first, groups))
-        self.prompt_level = levels[-1]
+            self.prompt_level = KeyValues(first, groups)
+            self.levels.append(self.prompt_level)
         self.prefix = None
         if prefix_ids:
             self.prefix = KeyValues(first, 1)
-            self.prefix.resize(self.skip)
-            self.prefix.fill([0], first, [self.skip])
-            levels.append(self.prefix)
-        self.cache = KVCache(levels)
-        self.slots: list[Sequence | None] = [None] * (groups * n)
+            self.prefix.fill([0], first)
+            self.levels.append(self.prefix)
+        self.live: dict[int, int] = {}  # slot -> i * n + k, where sample k of prompt i runs
+        self.num_drawn = [0] * (groups * n)  # tokens of the sample in each slot
         self.logits = logits.new_zeros(groups * n, logits.shape[-1])  # of the next tokens
         self.banned = torch.tensor(model.banned_ids, dtype=torch.long, device=self.device)
         self.u = logits.new_zeros(groups * n, max_new)  # random numbers of all tokens
 
-    def live_slots(self) -> list[int]:
-        return [slot for slot, sequence in enumerate(self.slots) if sequence]
+    def widths(self, prompts, num_new: int) -> list[int]:
+        """Columns that own tokens and prompts need, for these prompts and so many new tokens."""
+        longest = max(len(self.prompts[i]) for i in prompts) - self.skip
+        # a lone sample's prompt lies in front of its own tokens: one level less to merge
+        lengths = [num_new, longest] if self.n > 1 else [longest + num_new]
+        return [cache_width(length, self.compile) for length in lengths]
 
     def slots_of(self, groups: list[int]) -> list[int]:
         return [group * self.n + k for group in groups for k in range(self.n)]
 
     def schedule(self) -> bool:
         """Free groups take waiting prompts, once it is worth the trouble; is anything running?"""
-        num_groups = len(self.slots) // self.n
-        busy = {slot // self.n for slot in self.live_slots()}
+        num_groups = len(self.num_drawn) // self.n
+        busy = {slot // self.n for slot in self.live}
         free = [group for group in range(num_groups) if group not in busy]
         if self.waiting and 8 * len(free) >= num_groups:
             self.admit(free)
         elif not self.waiting and not self.compile and 4 * len(free) >= num_groups:
             self.condense(sorted(busy))
-        return bool(self.live_slots())
+        return bool(self.live)
 
     def admit(self, free: list[int]):
         """Read waiting prompts into free groups, about PREFILL_TOKENS at a time."""
@@ -429,51 +410,47 @@ class Scheduler:
         """The next waiting prompts move into these groups."""
         numbers = [self.waiting.pop() for _ in groups]
         texts = [self.prompts[i][self.skip :] for i in numbers]
-        lengths = [len(ids) for ids in texts]
         context, logits = prefill(self.model, texts, self.prefix)
-        self.prompt_level.resize(max(self.prompt_level.width, *lengths))
-        self.prompt_level.fill(groups, context, lengths)
-        rows = self.slots_of(groups)
-        slots = torch.tensor(rows, device=self.device)
-        self.logits[slots] = logits.repeat_interleave(self.n, 0)
-        self.cache.before[slots] = self.skip
-        if self.n > 1:
-            prompt_lengths = torch.tensor(lengths, device=self.device)
-            self.cache.before[slots] += prompt_lengths.repeat_interleave(self.n)
-            self.cache.own.lengths[slots] = 0
+        slots = self.slots_of(groups)
+        rows = torch.tensor(slots, device=self.device)
+        self.own.lengths[rows] = 0
+        self.prompt_level.fill(groups, context)
+        self.logits[rows] = logits.repeat_interleave(self.n, 0)
         samples = [(i, k) for i in numbers for k in range(self.n)]
-        for slot, (i, k) in zip(rows, samples, strict=True):
-            self.slots[slot] = Sequence(i * self.n + k)
         u = [uniforms((*self.keys[i], k), self.max_new) for i, k in samples]
-        self.u[slots] = torch.stack(u).to(self.device)
+        self.u[rows] = torch.stack(u).to(self.device)
+        for slot, (i, k) in zip(slots, samples, strict=True):
+            self.live[slot] = i * self.n + k
 
     def condense(self, groups: list[int]):
         """Go on with these groups only."""
         slots = self.slots_of(groups)
         rows = torch.tensor(slots, dtype=torch.long, device=self.device)
-        self.cache.own.select(rows)
-        if self.n > 1:
-            self.prompt_level.select(rows[:: self.n] // self.n)
-        self.cache.before = self.cache.before[rows]
+        for level in self.levels:
+            share = len(self.num_drawn) // len(level.lengths)  # slots of each of its rows
+            level.select(rows[::share] // share)
         self.logits, self.u = self.logits[rows], self.u[rows]
-        self.slots = [self.slots[slot] for slot in slots]
+        self.live = {new: self.live[old] for new, old in enumerate(slots) if old in self.live}
+        self.num_drawn = [self.num_drawn[slot] for slot in slots]
 
     def decode(self):
         """New logits, behind the tokens that were drawn last."""
-        self.cache.advance()
+        self.own.lengths.add_(1).clamp_(max=self.own.width)  # ended slots stay in the last column
         step = decode
         if self.compile:
             torch.compiler.cudagraph_mark_step_begin()
-            step = compiled_decode(self.device, len(self.slots), 1 + len(self.cache.shared))
-        with decode_by_onednn(len(self.slots)):
-            self.logits.copy_(step(self.model, self.tokens.clamp(min=0), self.cache))
+            step = compiled_decode(self.device, len(self.num_drawn), len(self.levels))
+        with decode_by_onednn(len(self.num_drawn)):
+            self.logits.copy_(step(self.model, self.tokens.clamp(min=0), self.levels))
 
     def sample_steps(self, temperature: float, top_p: float) -> list[list[int]]:
         """The next tokens of all slots: those of one step, or on a GPU of several."""
-        counts = [sequence.num_generated if sequence else 0 for sequence in self.slots]
-        steps = min(STEPS_PER_SYNC if self.logits.is_cuda else 1, self.max_new - max(counts))
-        self.set_widths(max(counts) + steps)
-        columns = torch.tensor(counts, device=self.device)[:, None]  # (B, 1)
+        most = max(self.num_drawn)
+        steps = min(STEPS_PER_SYNC if self.logits.is_cuda else 1, self.max_new - most)
+        running = {number // self.n for number in self.live.values()}
+        for level, width in zip(self.levels, self.widths(running, most + steps), strict=False):
+            level.resize(width)
+        columns = torch.tensor(self.num_drawn, device=self.device)[:, None]  # (B, 1)
         tokens = []
         for step in range(steps):
             if step:
@@ -484,26 +461,12 @@ class Scheduler:
             tokens.append(self.tokens)
         return torch.stack(tokens).tolist()
 
-    def set_widths(self, num_tokens: int):
-        """Keys are kept as far as the longest running prompt and own text reach."""
-        running = {self.slots[slot].number // self.n for slot in self.live_slots()}
-        longest = max(len(self.prompts[i]) for i in running) - self.skip
-        lengths = [num_tokens, longest] if self.n > 1 else [longest + num_tokens]
-        self.cache.set_widths(*map(min, map(self.round_up, lengths), self.capacities))
-
-    def round_up(self, length: int) -> int:
-        """Rows change their width seldom, and where steps are compiled very seldom."""
-        if self.compile:
-            return compiled_width(length)
-        return -(-length // WIDTH_STEP) * WIDTH_STEP
-
     def run(self, stop: list[int], temperature: float, top_p: float):
         """(sample numbers, their next tokens), a step each."""
         while self.schedule():
             for tokens in self.sample_steps(temperature, top_p):
-                live = self.live_slots()
-                numbers = [self.slots[slot].number for slot in live]
-                new_tokens = [tokens[slot] for slot in live]
+                numbers = list(self.live.values())
+                new_tokens = [tokens[slot] for slot in self.live]
                 if -1 in new_tokens:
                     prompt = numbers[new_tokens.index(-1)] // self.n
                     raise UserError(
@@ -511,12 +474,16 @@ class Scheduler:
                         "its weights are damaged"
                     )
                 yield numbers, new_tokens
-                for slot, token in zip(live, new_tokens, strict=True):
-                    self.slots[slot].num_generated += 1
-                    if token in stop or self.slots[slot].num_generated == self.max_new:
-                        self.slots[slot] = None
-            if self.live_slots():
+                for slot, token in zip(list(self.live), new_tokens, strict=True):
+                    self.num_drawn[slot] += 1
+                    if token in stop or self.num_drawn[slot] == self.max_new:
+                        self.num_drawn[slot] = 0
+                        del self.live[slot]
+            if self.live:
                 self.decode()
+
+
+# ---- generate --------------------------------------------------------------------------------
 
 
 @torch.no_grad()  # also while the consumer of this generator is at work: restored at every yield
@@ -593,8 +560,7 @@ def generate(
 def affordable(groups: int, group_capacity: int, first: Prefill) -> int:
     """As many groups of so many tokens as half of the free memory holds; at least one."""
     token_bytes = sum(t.nbytes for t in first.k + first.v) / first.k[0].shape[2]
-    fit = int(free_memory(first.k[0].device) / 2 / (token_bytes * group_capacity))
-    fit = max(1, fit)
+    fit = max(1, int(free_memory(first.k[0].device) / 2 / (token_bytes * group_capacity)))
     if fit < groups:
         warnings.warn(f"memory holds keys of {fit} prompts, not of {groups}", stacklevel=5)
     return min(fit, groups)
@@ -858,20 +824,19 @@ def read_jsonl(
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
+        problem = None
         try:
             row = json.loads(line)
             if "\\u" in line:  # only an escape can stand for half of a surrogate pair
                 json.dumps(row, ensure_ascii=False).encode()
+            missing = [key for key in keys if not has_field(row, key)]
+            if missing:
+                problem = f"no usable {' and '.join(missing)}"
         except UnicodeEncodeError as e:
-            half = ascii(e.object[e.start])
-            problem = f"{half} alone is no character"
-            raise UserError(f"{path}:{number}: {problem}; mend or remove the line") from None
+            problem = f"{ascii(e.object[e.start])} alone is no character"
         except ValueError as e:
             problem = f"not valid JSON ({e})"
-            raise UserError(f"{path}:{number}: {problem}; mend or remove the line") from None
-        missing = [key for key in keys if not has_field(row, key)]
-        if missing:
-            problem = f"no usable {' and '.join(missing)}"
+        if problem:
             raise UserError(f"{path}:{number}: {problem}; mend or remove the line")
         rows.append(row)
     if not rows and not allow_empty:
@@ -896,11 +861,12 @@ def sampling_settings(folder: str | os.PathLike) -> dict[str, float]:
     """The temperature and top-p that a model of a run was trained to be sampled with; the paper's
     where its folder does not say."""
     path = Path(folder) / "generation_config.json"
-    settings = read_json(path) if path.exists() else {}
-    return {
-        "temperature": settings.get("temperature", 0.7),
-        "top_p": settings.get("top_p", 0.9),
-    }
+    stored = read_json(path) if path.exists() else {}
+    settings = {"temperature": 0.7, "top_p": 0.9}
+    for name in settings:
+        if stored.get(name) is not None:
+            settings[name] = stored[name]
+    return settings
 
 
 def print_response(model: Llama, tok: Tokenizer, turns: list[str], key: tuple, **settings) -> str:
@@ -951,12 +917,11 @@ def main():
     parser.add_argument("--compile", action="store_true", help="slow to start, then faster")
     args = parser.parse_args()
     model, tok = load_for_sampling(args.folder)
-    settings = sampling_settings(args.folder) | {"max_new": args.max_new}
+    settings = sampling_settings(args.folder)
+    settings |= {"max_new": args.max_new, "compile": args.compile or None}  # None: on a GPU alone
     for name in ("temperature", "top_p"):
         if getattr(args, name) is not None:
             settings[name] = getattr(args, name)
-    if args.compile:
-        settings["compile"] = True
     if args.prompt is not None:
         print_response(model, tok, [args.prompt], (args.seed, 0), **settings)
     else:

@@ -9,8 +9,8 @@ there is skipped. Inside a chapter, training saves its state and sampling append
 chunks: start the same command again, on as many processes as you like, and it resumes. One
 process is a world of size one.
 
-Exit codes: 0 done, 1 an error that one line explains, 130 stopped by SIGTERM or Ctrl-C; what was
-finished is on disk then, as after kill -9.
+Exit codes: 0 done, 1 an error that one line explains, 2 no such flag, 130 stopped by SIGTERM or
+Ctrl-C; what was finished is on disk then, as after kill -9.
 
 Left out: reports (scripts/report.py), the memory plan (scripts/plan.py), early stopping by an
 outside judge (scripts/pick_checkpoint.py), torch.compile of the training step.
@@ -24,7 +24,6 @@ import json
 import logging
 import math
 import os
-import random
 import re
 import shutil
 import signal
@@ -51,7 +50,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
@@ -64,7 +63,7 @@ from model import (
     Llama,
     UserError,
     check_tp,
-    flush_and_fsync,
+    checkpoint_error,
     load,
     parallelize,
     read_json,
@@ -73,6 +72,7 @@ from model import (
     save,
     unsharded,
     use_onednn_linear,
+    write_and_sync,
     write_json,
 )
 from sample import fingerprint, read_jsonl, run_command, write_jsonl
@@ -115,8 +115,8 @@ class Config:
     activation_checkpointing: bool = False  # compute activations again in backward: less memory
 
 
-# These change no product but its last bits, and may change when a run is resumed; paths may be
-# spelled otherwise, since what they lead to is compared.
+# These change no product but its last bits (and what dropout drops), and may change when a run is
+# resumed; paths may be spelled otherwise, since what they lead to is compared.
 MUTABLE_FIELDS = "out iters sample_batch micro_tokens save_every keep_every tp".split()
 MUTABLE_FIELDS += ["activation_checkpointing", "init", "writer", "data"]
 DATA_FILES = "ift.jsonl eft.jsonl eft_ranked.jsonl eft_eval.jsonl test.jsonl valid.jsonl".split()
@@ -177,13 +177,7 @@ def train_sft(run: Run, name: str, rows: list[dict]):
     if exists(run, name, "config.json"):
         return
     model, tok = load_model(run, run.cfg.init)
-    examples = []
-    for row in rows:
-        prompt, target = row["prompt"], row["response"]
-        if "judgement" in row:  # EFT: the judge's prompt, and the judgement to learn
-            prompt = judge.judge_prompt(run.data.judge_template, prompt, target)
-            target = row["judgement"]
-        examples.append((tok.chat(prompt), tok.response(target)))
+    examples = [(tok.chat(row["prompt"]), tok.response(row["response"])) for row in rows]
     fitting = [e for e in examples if len(e[0]) + len(e[1]) <= model.cfg.max_len]
     if len(fitting) < len(examples):
         too_long = len(examples) - len(fitting)
@@ -223,12 +217,20 @@ def check_dropout(run: Run, model, name: str, examples, batch, objective: "Objec
 
 
 def make_eft(run: Run) -> list[dict]:
-    """What M1 learns to judge from: eft.jsonl of the data folder, or else what the SFT baseline
-    says of the replies that people have ranked, where it orders them alike (section 3.1)."""
-    if not run.data.eft_ranked:
-        return run.data.eft
-    judgements = product(run, "M1", "eft_judgements.jsonl", judge_replies)
-    return product(run, "M1", "eft.jsonl", choose_eft, judgements)
+    """What M1 learns to judge from, as instructions: the judge's prompt, and a judgement to learn.
+
+    The judgements are those of eft.jsonl in the data folder, or else what the SFT baseline says
+    of the replies that people have ranked, where it orders them alike (section 3.1).
+    """
+    eft = run.data.eft
+    if run.data.eft_ranked:
+        judgements = product(run, "M1", "eft_judgements.jsonl", judge_replies)
+        eft = product(run, "M1", "eft.jsonl", choose_eft, judgements)
+    rows = []
+    for row in eft:
+        prompt = judge.judge_prompt(run.data.judge_template, row["prompt"], row["response"])
+        rows.append({"prompt": prompt, "response": row["judgement"]})
+    return rows
 
 
 def choose_eft(run: Run, path: Path, judgements: list[dict]) -> list[dict]:
@@ -335,7 +337,7 @@ def propose(run: Run, path: Path, key: tuple, count: int, earlier: list[str]) ->
     max_new = limit_tokens(run.cfg.max_prompt, model)
     stop = [tok.eos, *tok.newlines]
     settings = batch_settings(run) | WRITER_SAMPLING | {"max_new": max_new, "stop": stop}
-    waves = {part["fingerprint"]: part["results"] for part in read_parts(path)}
+    waves = {part["fingerprint"]: part["results"] for part in read_parts(run, path)}
 
     def write(requests: list[list[int]], keys: list[tuple]) -> list[list[int]]:
         wave = fingerprint(requests, keys)
@@ -421,7 +423,7 @@ def map_in_chunks(
     the same size the chunks are the same again.
     """
     results, finished = [], set()
-    for part in read_parts(path):
+    for part in read_parts(run, path):
         if part["fingerprint"] == fingerprint([rows[i] for i in part["rows"] if i < len(rows)]):
             results += part["results"]
             finished |= set(part["rows"])
@@ -478,7 +480,8 @@ def train_model(run: Run, model, name: str, batches, examples, objective: Object
         start = time.time()
         lr = learning_rate(step, len(batches), objective)
         optimizer.param_groups[0]["lr"] = lr
-        torch.manual_seed(dropout_seed(cfg.seed, name, step, run.dp_rank))
+        # a resumed training drops what an uninterrupted one does
+        torch.manual_seed(sample.seed_of(cfg.seed, name, step, run.dp_rank))
         metrics = accumulate_gradients(run, model, batches[step], examples, objective)
         metrics["grad_norm"] = clip_gradients(model)
         if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
@@ -506,30 +509,22 @@ def learning_rate(step: int, steps: int, objective: Objective) -> float:
     return objective.peak_lr * min((step + 1) / warm_up, decay)
 
 
-def dropout_seed(*key) -> int:
-    """A function of the step, so that a resumed training drops what an uninterrupted one does."""
-    return random.Random(repr(key)).getrandbits(62)
-
-
 def accumulate_gradients(run: Run, model, batch, examples, objective: Objective) -> dict:
     """Leave the gradient of a whole batch in the model, however it is cut into micro-batches.
 
     Returns means over items of the loss's metrics, and the batch's tokens.
     """
     num_items = sum(objective.num_items(examples[i]) for i in batch)
-    results = []
+    sums = Counter()
     for rows, weight in my_micro_batches(run, batch, examples):
         tensors = objective.collate([examples[i] for i in rows])
         loss, metrics = objective.loss(model, *tensors)
         (loss * weight * run.dp_size / num_items).backward()  # FSDP takes the mean over dp ranks
-        results.append((weight, tensors[0].numel(), metrics))
+        sums["tokens"] += tensors[0].numel() * weight
+        for key, value in metrics.items():  # tensors still: reading a number waits for the device
+            sums[key] += value.double() * weight / num_items
     if run.dp_size > 1 and not isinstance(model, FSDPModule):
         average_gradients(model)
-    sums = Counter()
-    for weight, count, metrics in results:  # only now: reading a number waits for the device
-        sums["tokens"] += count * weight
-        for key, value in metrics.items():
-            sums[key] += value.item() * weight / num_items
     return sum_over_ranks(sums, run.cfg.tp)
 
 
@@ -653,9 +648,7 @@ def save_training_state(run: Run, name: str, step: int, rows: str, model, optimi
     try:
         dcp.save(training_state(model, optimizer), checkpoint_id=temporary)
     except dcp.CheckpointException as e:
-        reason = next(iter(e.failures.values()))[0]
-        if isinstance(reason, KeyboardInterrupt):
-            raise reason from None
+        reason = checkpoint_error(e)
         raise UserError(f"{temporary}: {reason}; make room: the same command resumes") from None
     if dist.get_rank() == 0:
         write_json(temporary / "training.json", {"model": name, "step": step, "rows": rows})
@@ -676,8 +669,9 @@ def load_training_state(run: Run, name: str, rows: str, model, optimizer) -> int
             raise UserError(f"{parent}/{step}: the state of training on other rows; {remedy}")
         try:
             dcp.load(training_state(model, optimizer), checkpoint_id=parent / str(step))
-        except dcp.CheckpointException:
-            raise UserError(f"{parent}/{step}: damaged or incomplete; {remedy}") from None
+        except dcp.CheckpointException as e:
+            reason = repr(checkpoint_error(e))[:100]
+            raise UserError(f"{parent}/{step}: damaged ({reason}); {remedy}") from None
         log(f"{name}: goes on after step {step}")
     if dist.get_rank() == 0:
         drop_later_metrics(run.folder / "metrics.jsonl", name, step)
@@ -699,25 +693,28 @@ def open_run(cfg: Config, mesh) -> Run:
     configuration."""
     data = read_data(cfg, Path(cfg.data))
     folder = Path(cfg.out)
-    if cfg.tp > 1 or not (folder / "config.json").exists():
-        for model_folder in filter(None, (cfg.init, cfg.writer)):
-            check_tp(read_shape(model_folder)[0], cfg.tp, model_folder)
+    for model_folder in (cfg.init, cfg.writer or cfg.init):
+        check_tp(read_shape(model_folder)[0], cfg.tp, model_folder)
     paths = [path for path in (Path(cfg.data) / name for name in DATA_FILES) if path.exists()]
     files = {path.name: fingerprint(path.read_bytes()) for path in paths}
     files["init"] = fingerprint_model(Path(cfg.init))
     files["writer"] = fingerprint_model(Path(cfg.writer or cfg.init))
-    check_same_run(cfg, folder / "config.json", files)
+    path = folder / "config.json"
+    saved = read_json(path) if path.exists() else {}
+    check_same_run(cfg, saved, files, path)
+    threads = saved.get("threads")  # a run goes on with them: the last bits depend on it
     if mesh.size() == 1 and mesh.device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        choose_threads(cfg, folder / "config.json")
+        threads = threads or choose_threads(cfg)
+        torch.set_num_threads(threads)
+    threads = threads or torch.get_num_threads()
     dist.barrier()  # nobody writes before all have read
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         lock_run(folder)
-        if not (folder / "config.json").exists():
+        if not saved:
             for model_folder in sorted(folder.glob("*/config.json")):
                 log(f"{model_folder.parent}: is there already and taken as it is")
-        threads = torch.get_num_threads()
-        write_json(folder / "config.json", asdict(cfg) | {"threads": threads, "files": files})
+        write_json(path, asdict(cfg) | {"threads": threads, "files": files})
     dp_rank, dp_size = mesh["dp"].get_local_rank(), mesh["dp"].size()
     return Run(cfg, folder, data, mesh, mesh.device_type, dp_rank, dp_size)
 
@@ -732,17 +729,12 @@ def fingerprint_model(folder: Path) -> str:
     return fingerprint(ends)
 
 
-RUN_LOCK = []  # file descriptor of the run folder at work
-
-
 def lock_run(folder: Path):
     """UserError where another process works in this run folder; the lock of a dead one is free."""
-    while RUN_LOCK:
-        os.close(RUN_LOCK.pop())
-    RUN_LOCK.append(os.open(folder, os.O_RDONLY))
+    lock = os.open(folder / ".lock", os.O_CREAT | os.O_WRONLY)  # held until the process ends
     try:
-        fcntl.flock(RUN_LOCK[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         raise UserError(
             f"{folder}: another train.py is at work here; give another --out"
         ) from None
@@ -756,9 +748,7 @@ def read_data(cfg: Config, folder: Path) -> Data:
     propose_template = read_text(folder / "propose.txt", "copy it from data/zoo and edit it")
     sample.count_placeholders(propose_template, folder / "propose.txt")
     judge_template = judge.read_template(folder / "judge.txt")
-    ift = []
-    for row in read_jsonl(folder / "ift.jsonl", "prompt", "response"):
-        ift.append({"prompt": row["prompt"], "response": row["response"]})  # nothing else teaches
+    ift = read_jsonl(folder / "ift.jsonl", "prompt", "response")
     keys = ("prompt", "response", "judgement")
     eft = read_jsonl(folder / "eft.jsonl", *keys, missing_ok=True) if cfg.eft_size else []
     check_judgements(eft, folder / "eft.jsonl")
@@ -789,9 +779,8 @@ def check_judgements(eft: list[dict], path: Path):
             )
 
 
-def check_same_run(cfg: Config, path: Path, files: dict[str, str]):
-    """UserError where the run was begun with other knobs or other data."""
-    saved = read_json(path) if path.exists() else {}
+def check_same_run(cfg: Config, saved: dict, files: dict[str, str], path: Path):
+    """UserError where the run was begun with other knobs or other data: those saved in `path`."""
     for knob, value in asdict(cfg).items():
         if knob not in MUTABLE_FIELDS and saved.get(knob, value) != value:
             raise UserError(
@@ -813,7 +802,7 @@ def exists(run: Run, name: str, file: str) -> bool:
     """
     if dist.get_rank() == 0:
         remove_leftovers(run.folder)
-    return all_gather(run, [(run.folder / name / file).exists()])[0]
+    return all_gather(run, [dist.get_rank() == 0 and (run.folder / name / file).exists()])[0]
 
 
 def product(run: Run, name: str, file: str, make: Callable, *args) -> list[dict]:
@@ -838,11 +827,10 @@ def append_part(path: Path, part: dict):
         append_jsonl(path.with_name(path.name + ".part"), part)
 
 
-def read_parts(path: Path) -> list[dict]:
+def read_parts(run: Run, path: Path) -> list[dict]:
     """What an earlier start has appended, as the first rank reads it."""
-    parts = [read_appended(path.with_name(path.name + ".part")) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(parts)
-    return parts[0]
+    first = dist.get_rank() == 0
+    return all_gather(run, read_appended(path.with_name(path.name + ".part")) if first else [])
 
 
 def remove_leftovers(folder: Path):
@@ -856,9 +844,8 @@ def remove_leftovers(folder: Path):
 
 
 def append_jsonl(path: Path, row: dict):
-    with path.open("a", encoding="utf-8") as f:
-        f.write(json.dumps(row, ensure_ascii=False) + "\n")
-        flush_and_fsync(f)
+    with path.open("ab") as f:
+        write_and_sync(f, json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def read_appended(path: Path) -> list[dict]:
@@ -893,29 +880,25 @@ def init_distributed(cfg: Config):
             f"{world} processes are not a multiple of --tp {cfg.tp}; start another number of them "
             "or change it"
         )
-    names = ("dp", "tp")
-    mesh = init_device_mesh(device, (world // cfg.tp, cfg.tp), mesh_dim_names=names)
-    for name in names:
-        # A mesh makes its groups with a timeout of 30 minutes, too little to save a large model,
-        # and has no public way to give another (torch 2.13); test_train.py tells if this goes.
-        dist.distributed_c10d._set_pg_timeout(timeout, mesh[name].get_group())
-    return mesh
+    ranks = torch.arange(world).view(-1, cfg.tp)
+    # groups that init_device_mesh makes wait for 30 minutes, too little to save a large model
+    dp_group, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=timeout)
+    tp_group, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)
+    groups = [dp_group, tp_group]
+    return DeviceMesh.from_group(groups, device, ranks, mesh_dim_names=("dp", "tp"))
 
 
-def choose_threads(cfg: Config, path: Path):
-    """As many threads as one process gains by; a run goes on with those that it began with, since
-    the last bits depend on them. Where others use the cores, one is mostly the fastest: threads
-    wait for each other in every product, and a sleeping one wakes late."""
-    threads = read_json(path).get("threads") if path.exists() else None
-    if not threads:
-        seconds = time_threads(cfg)
-        threads = 1
-        for count, time_taken in seconds.items():
-            if time_taken * MIN_SPEEDUP < seconds[threads]:
-                threads = count
-        if threads < max(seconds):
-            log(f"{threads} of {max(seconds)} threads: more are no faster beside what else runs")
-    torch.set_num_threads(threads)
+def choose_threads(cfg: Config) -> int:
+    """As many threads as one process gains by. Where others use the cores, one is mostly the
+    fastest: threads wait for each other in every product, and a sleeping one wakes late."""
+    seconds = time_threads(cfg)
+    threads = 1
+    for count, time_taken in seconds.items():
+        if time_taken * MIN_SPEEDUP < seconds[threads]:
+            threads = count
+    if threads < max(seconds):
+        log(f"{threads} of {max(seconds)} threads: more are no faster beside what else runs")
+    return threads
 
 
 @torch.no_grad()
@@ -997,23 +980,20 @@ def log(text: str):
 
 @contextmanager
 def progress(run: Run, path: Path, total: int, unit: str):
-    """A bar with rate and time left in a terminal (of the first process), a line at the end."""
+    """A bar with rate and time left (of the first process; outside a terminal once a minute), and
+    a line at the end."""
     title = f"{path.parent.name}/{path.name}"
     start = time.time()
     counts = {"tokens": 0, "ended": 0}
     my_total = -(-total // run.dp_size)
-    disable = dist.get_rank() != 0 or not sys.stderr.isatty()
-    with tqdm(total=my_total, desc=title, unit=f" {unit}", disable=disable) as bar:
-        last_line = start
+    pause = 0.1 if sys.stderr.isatty() else 60  # seconds
+    settings = {"desc": title, "unit": f" {unit}", "delay": pause, "mininterval": pause}
+    with tqdm(total=my_total, disable=dist.get_rank() != 0, **settings) as bar:
 
         def callback(tokens: int, ended: int):
-            nonlocal last_line
             counts["tokens"] += tokens
             counts["ended"] += ended
             bar.update(ended)
-            if disable and time.time() - last_line > 60:  # no bar: a line a minute
-                last_line = time.time()
-                log(f"{title}: {counts['ended']:,} of {my_total:,} {unit}")
 
         yield callback
     counts = sum_over_ranks(counts, run.cfg.tp)
@@ -1056,9 +1036,8 @@ def read_recipe(path: Path) -> dict:
     types = {field.name: field.type for field in fields(Config)}
     for knob, value in recipe.items():
         kind = types.get(knob)
-        allowed = (int, float) if kind is float else kind
-        is_flag = isinstance(value, bool)  # a bool is an int to isinstance
-        if not kind or not isinstance(value, allowed) or is_flag != (kind is bool):
+        allowed = (int, float) if kind is float else (kind,)
+        if type(value) not in allowed:
             raise UserError(
                 f"{path}: {knob!r}: {value!r} is no knob or of the wrong type; see train.py --help"
             )
@@ -1070,9 +1049,9 @@ def validate(cfg: Config) -> Config:
     at_least_1 = "iters votes batch sample_batch save_every sft_epochs dpo_epochs tp".split()
     at_least_1 += ["max_prompt", "max_response", "max_judgement"]
     rules = [(name, getattr(cfg, name) >= 1, "at least 1") for name in at_least_1]
-    for name in ("micro_tokens", "keep_every", "eft_size", "temperature"):
+    for name in ("micro_tokens", "keep_every", "eft_size"):
         rules.append((name, getattr(cfg, name) >= 0, "not negative"))
-    for name in ("sft_lr", "dpo_lr", "beta"):
+    for name in ("sft_lr", "dpo_lr", "beta", "temperature"):
         rules.append((name, 0 < getattr(cfg, name) < math.inf, "positive"))
     rules += [
         ("prompts", re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", cfg.prompts), "like 300 or 300,700"),
@@ -1080,7 +1059,6 @@ def validate(cfg: Config) -> Config:
         ("top_p", 0 < cfg.top_p <= 1, "in (0, 1]"),
         ("dropout", 0 <= cfg.dropout < 1, "in [0, 1)"),
         ("dtype", cfg.dtype in ("", "float32", "bfloat16"), "float32 or bfloat16"),
-        ("init", cfg.init, "the folder of the pretrained model, M0"),
     ]
     for name, holds, rule in rules:
         if not holds:

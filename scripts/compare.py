@@ -39,7 +39,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from judge import fill, without_thinking
+from judge import fill
 from model import UserError, read_shape, write_json
 from sample import generate, load_for_sampling, run_command
 from scripts.answer import read_questions
@@ -77,6 +77,12 @@ GAP = r"[^\w\n.]*"
 SECOND_SIDE = rf"{GAP}(?:(?:or|and|vs\.?){GAP})?(?:1|2|tie)\b"
 SIDE = re.compile(rf"(1|2|tie)(?![.,]?\d|[^\W_]|{SECOND_SIDE})", re.IGNORECASE)
 VERDICTS = {"1": 1, "2": -1, "tie": 0}
+
+
+def without_thinking(text: str) -> str:
+    """A judgement without what a reasoning model has thought aloud before it."""
+    text = text.rpartition("</think>")[2]  # the opening tag may stand in the prompt
+    return text.partition("<think>")[0]  # not closed: it was cut while thinking
 
 
 def parse_verdict(text: str) -> int | None:
@@ -251,16 +257,16 @@ def count_problems(problems: list[str]) -> str:
 
 
 def ask_cached(
-    judge_prompts: list[str], judge_id: list, old_judge_id: list, cache: Path, ask: Callable
+    judge_prompts: list[str], judge_id: list, cache: Path, ask: Callable
 ) -> dict[str, Judgement]:
     """{judge prompt: judgement}, asking only for those of which the cache file has no answer.
 
-    judge_id is what an answer depends on besides the prompt, as a JSON list; old_judge_id is that
-    of the first edition, with the token limit. ask(judge prompts, store, some_answered) calls
-    store(judge prompt, judgement), from any thread, as soon as there is one: then it is on disk.
+    judge_id is what an answer depends on besides the prompt, as a JSON list. ask(judge prompts,
+    store, some_answered) calls store(judge prompt, judgement), from any thread, as soon as there
+    is one: then it is on disk.
     """
     try:
-        judgements = cached_answers(judge_prompts, judge_id, old_judge_id, cache)
+        judgements = cached_answers(judge_prompts, judge_id, cache)
         missing = [text for text in dict.fromkeys(judge_prompts) if text not in judgements]
         num_judgements = len(missing) + len(judgements)
         print(
@@ -281,19 +287,14 @@ def cache_key(judge_id: list, judge_prompt: str) -> str:
     return hashlib.sha256(json.dumps([judge_id, judge_prompt]).encode()).hexdigest()
 
 
-def cached_answers(
-    judge_prompts: list[str], judge_id: list, old_judge_id: list, cache: Path
-) -> dict[str, Judgement]:
+def cached_answers(judge_prompts: list[str], judge_id: list, cache: Path) -> dict[str, Judgement]:
     """{judge prompt: judgement} of those that the cache file has an answer to."""
     answers = read_cache(cache)
     judgements = {}
     for text in judge_prompts:
         key = cache_key(judge_id, text)
-        old_answer = answers.get(cache_key(old_judge_id, text), "")
         if key in answers:
             judgements[text] = Judgement(answers[key])
-        elif parse_verdict(old_answer) is not None:  # else it was cut, maybe
-            judgements[text] = Judgement(old_answer)
     return judgements
 
 
@@ -727,22 +728,18 @@ def open_judge(args: argparse.Namespace, cache: Path) -> Callable[[Answers, Answ
     if args.judge_url:
         url = args.judge_url.rstrip("/")
         params = {"model": args.judge_model, "temperature": 0} | args.judge_extra
-        limited_params = params | {"max_tokens": args.max_tokens}
         judge_id = [url, params]
-        old_judge_id = [url, limited_params]
+        params = params | {"max_tokens": args.max_tokens}
         limits = {"timeout": args.timeout, "parallel": args.parallel}
-        ask = partial(ask_endpoint, url=url, params=limited_params, **limits)
+        ask = partial(ask_endpoint, url=url, params=params, **limits)
     else:
         folder = args.judge_checkpoint
         read_shape(folder)
         weights = sorted(folder.glob("*.safetensors"))
         times = [file.stat().st_mtime_ns for file in weights]  # other weights, another judge
         judge_id = [str(folder.resolve()), *times]
-        old_judge_id = [str(folder.resolve()), args.max_tokens, *times]
         ask = partial(ask_checkpoint, folder=folder, max_new=args.max_tokens)
-    cache = args.cache or cache
-    ids = {"judge_id": judge_id, "old_judge_id": old_judge_id}
-    ask_judge = partial(ask_cached, **ids, cache=cache, ask=ask)
+    ask_judge = partial(ask_cached, judge_id=judge_id, cache=args.cache or cache, ask=ask)
     return partial(judge_both_orders, ask=ask_judge)
 
 

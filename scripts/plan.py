@@ -16,7 +16,7 @@ import argparse
 import math
 import shlex
 from dataclasses import fields, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -302,7 +302,7 @@ def dpo_memory(cfg: Config, shape: ModelConfig, gpus: int) -> dict[str, float]:
 
 def tokens_at_once(cfg: Config, gpus: int, sizes: list[int]) -> tuple[int, bool]:
     """Most tokens that a GPU puts through the model at once, and whether an update takes several
-    such micro-batches (train.make_micro_batches). A process has at most as many tokens of a batch
+    such micro-batches (train.my_micro_batches). A process has at most as many tokens of a batch
     as its fair number of the longest rows."""
     rows_each = math.ceil(cfg.batch * cfg.tp / gpus)
     longest = sorted(sizes, reverse=True)[:rows_each]
@@ -382,7 +382,7 @@ def sampling_stage(
     prefix: int = 0,
 ) -> SamplingStage:
     """Samples that are held side by side: --sample-batch, or fewer where their keys and values
-    would take more than half of the free memory (sample.Scheduler.affordable)."""
+    would take more than half of the free memory (sample.affordable)."""
     n, _ = num_parameters(shape)
     memory = {
         "weights": 4 * n / machine.gpus,
@@ -390,7 +390,7 @@ def sampling_stage(
         "reserve": RESERVE,
     }
     free = machine.gpu_memory * GiB - sum(memory.values())
-    width = sample.compiled_width  # on a GPU steps are compiled
+    width = partial(sample.cache_width, compiled=True)  # as on a GPU
     group_tokens = width(longest + max_new)
     if num_samples > 1:  # then they share their prompt's keys
         group_tokens = num_samples * width(max_new) + width(longest)

@@ -154,7 +154,7 @@ def sample_texts(net, mesh, rows: int, length: int):
         context, _ = prefill(net, [prompt] * rows)
         cache = KeyValues(context, rows)
         cache.resize(length)
-        cache.fill(list(range(rows)), context, [len(prompt)] * rows)
+        cache.fill(list(range(rows)), context)
     net.set_reshard_after_forward(True)
 
 

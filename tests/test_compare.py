@@ -926,26 +926,6 @@ def test_what_was_cut_or_empty_is_asked_again_and_what_ended_is_not(sets, out, b
     assert len(e.bodies) == 18, "with whatever limit they have ended"
 
 
-def test_caches_of_the_first_edition_are_read_where_their_answers_have_a_verdict(sets, out):
-    """Their keys hold the token limit, and nothing says which answers were cut."""
-    with Endpoint() as e:
-        run(*sets, *e.flags, "--out", out)
-        expected = out.read_text()
-        judge_id = [e.url, {"model": "m", "temperature": 0, "max_tokens": 512}]
-        lines = []
-        for number, text in enumerate(sorted(set(e.judge_prompts))):
-            key = compare.cache_key(judge_id, text)
-            answer = ["", "<think>Verdict: 1", "Let me", prefer_longer(text)][min(number, 3)]
-            lines.append("\n" + json.dumps({"key": key, "text": answer}))
-        cache = sets[0].parent / "judge_cache.jsonl"
-        cache.write_text("".join(lines))
-        run(*sets, *e.flags, "--out", out)
-        assert len(e.bodies) == 10 + 3 and out.read_text() == expected
-        cache.write_text("".join(lines))
-        run(*sets, *e.flags, "--max-tokens", 9)
-    assert len(e.bodies) == 13 + 10
-
-
 def test_a_rerun_asks_nothing_and_other_judges_and_texts_do(sets, tmp_path, capsys):
     with Endpoint() as e:
         for flags, num_requests in (

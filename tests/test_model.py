@@ -528,6 +528,14 @@ def test_a_tied_model_whose_file_holds_the_head_as_well_loads(cfg, tok, tmp_path
     assert equal_weights(net, back) and back.lm_head.weight is back.embed_tokens.weight
 
 
+def test_a_tied_model_whose_file_holds_another_head_is_refused(cfg, tok, tmp_path):
+    """By its weights it is not tied: it would answer with the wrong head."""
+    net = random_net(replace(cfg, tie_embeddings=True))
+    head = random_net(cfg, seed=1).lm_head.weight.detach()
+    folder = write_folder(tmp_path / "it", net, tok, change=put("lm_head.weight", *head.shape))
+    assert "without a place lm_head.weight" in refusal(folder)
+
+
 def test_a_tied_model_whose_file_holds_the_head_alone_loads(cfg, tok, tmp_path):
     """safetensors' save_model writes the first of two names; so do many shards."""
     net = random_net(replace(cfg, tie_embeddings=True))
@@ -547,6 +555,7 @@ GOOD_CONFIGS = {
     "nulls": dict.fromkeys(["rope_theta", "attention_bias", "mlp_bias", "hidden_act", "head_dim"]),
     "null rope": {"rope_parameters": {"rope_type": None, "rope_theta": None, "factor": None}},
     "null tie": {"tie_word_embeddings": None},
+    "another type": {"type": "llama"},
     "strings": {"rope_theta": "1e4", "hidden_size": "32", "num_hidden_layers": "2"},
     "floats": {"hidden_size": 32.0, "vocab_size": 320.0, "num_key_value_heads": 2.0},
     "float head_dim": {"head_dim": 8.0},
@@ -762,6 +771,41 @@ def test_saving_over_a_model_leaves_nothing_of_the_old_one(cfg, tok, tmp_path, m
 def test_only_the_writing_process_touches_the_disk(net, tok, tmp_path):
     save(net, tok, tmp_path / "m", write=False)
     assert not (tmp_path / "m").exists()
+
+
+def test_a_full_disk_is_told_by_the_name_of_the_file(tmp_path):
+    work = (
+        "import resource, sys; from pathlib import Path; from model import atomic_write\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "atomic_write(Path(sys.argv[1]), 'x' * int(sys.argv[2]))"
+    )
+    path = tmp_path / "rows.jsonl"
+    path.write_text("old")
+    for size, content in ((2000, "old"), (1000, "x" * 1000)):
+        argv = [sys.executable, "-c", work, str(path), str(size)]
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert ("rows.jsonl.tmp: File too large; make room" in done.stderr) == (size > 1000)
+        assert path.read_text() == content
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(5, "Input/output error")], ids=repr
+)
+def test_what_stops_the_reading_of_weights_is_told_or_goes_on(
+    net, tok, tmp_path, monkeypatch, error
+):
+    """torch turns what is raised there, whatever it is, into an exception of its own."""
+    save(net, tok, tmp_path / "m")
+
+    def read_data(*_):
+        raise error
+
+    monkeypatch.setattr(model_py.HuggingFaceStorageReader, "read_data", read_data)
+    if isinstance(error, OSError):
+        assert "Input/output error" in refusal(tmp_path / "m")
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            load(tmp_path / "m")
 
 
 def test_files_are_on_disk_before_they_take_their_place(tmp_path, monkeypatch):
@@ -1310,6 +1354,13 @@ BAD_CONFIGS = {  # what is other in config.json, what the message must name besi
     "no model_type": ({"model_type": "remove"}, ["model_type"]),
     "scaled rope": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["llama3"]),
     "old scaled rope": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["linear"]),
+    "rope said twice": (
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        },
+        ["linear"],
+    ),
     "attention bias": ({"attention_bias": True}, ["attention_bias"]),
     "mlp bias": ({"mlp_bias": True}, ["mlp_bias"]),
     "gelu": ({"hidden_act": "gelu"}, ["gelu"]),
@@ -1344,7 +1395,7 @@ BAD_TENSORS = {  # change of the tensors, what the message must name
     "peft's names": (prefix("base_model.model."), ["base_model.model.", "merge_and_unload()"]),
     "compiled": (prefix("_orig_mod."), ["_orig_mod.", "without what wraps it"]),
     "data parallel": (prefix("module."), ["module.", "without what wraps it"]),
-    "LlamaModel": (prefix("", cut="model."), ["are embed_tokens", "LlamaForCausalLM"]),
+    "LlamaModel": (prefix("", cut="model."), ["place embed_tokens", "LlamaForCausalLM"]),
     "int8": (cast(UP_PROJ, torch.int8), [UP_PROJ, "I8", "quantized"]),
     "packed int4": (cast(UP_PROJ, torch.uint8), [UP_PROJ, "U8", "quantized"]),
     "fp8": (cast(UP_PROJ, torch.float8_e4m3fn), [UP_PROJ, "F8_E4M3", "quantized"]),

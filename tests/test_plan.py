@@ -130,7 +130,7 @@ def test_as_many_samples_side_by_side_as_the_sampler_itself_allows(
             train.Config(sample_batch=64), cfg, Machine(1, memory, 1.0), n, longest, max_new
         )
         slots.append(stage.slots)
-        assert stage.slots == len(scheduler.slots)
+        assert stage.slots == len(scheduler.num_drawn)
     assert slots[0] < slots[1] < slots[2] == 64 // n * n
 
 

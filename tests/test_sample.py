@@ -25,7 +25,6 @@ from model import ModelConfig, UserError, load, save
 from sample import (
     DecodeStep,
     KeyValues,
-    KVCache,
     Scheduler,
     common_prefix,
     generate,
@@ -203,7 +202,7 @@ def test_every_logit_is_that_of_a_forward_pass_over_the_whole_text(nets, n):
     with torch.no_grad():
         scheduler = Scheduler(net, prompts, keys, n, 10, 3 * n, int)
         for numbers, tokens in scheduler.run(list(range(15)), 1.0, 1.0):
-            logits = scheduler.logits[scheduler.live_slots()]
+            logits = scheduler.logits[list(scheduler.live)]
             whole = [net(torch.tensor([texts[number]]))[0, -1] for number in numbers]
             torch.testing.assert_close(logits, torch.stack(whole), atol=1e-4, rtol=0)
             num_compared += len(whole)
@@ -311,6 +310,19 @@ def test_compiled_steps_change_nothing_and_are_compiled_once_a_width(nets, n, co
     assert len(compiled) == num_graphs > 0, "the same shapes are not compiled again"
 
 
+def test_steps_are_compiled_for_as_many_widths_as_there_are(nets, compiled, monkeypatch):
+    """By itself PyTorch goes on eagerly behind eight."""
+    monkeypatch.setattr(sample, "COMPILED_WIDTH", 2)
+    net = nets["grouped"]
+    lengths = [110, 60, 30, 14, 7, 3]
+    prompts = [[5 + i] * length for i, length in enumerate(lengths)]
+    settings = {"stop": [], "max_new": 9, "n": 2, "batch": 2}
+    expected = generate(net, prompts, keys_of(prompts), **settings)
+    assert generate(net, prompts, keys_of(prompts), compile=True, **settings) == expected
+    own_widths = 3  # 2, 4 and 8; behind the ninth token no step follows
+    assert len(compiled) == own_widths * len(lengths) > 8
+
+
 def test_a_compiled_step_writes_only_to_what_stays_where_it_is(nets, compiled):
     """Else torch.compile makes no CUDA graph of it and tells nobody. (The mark that it goes by has
     no public name.)"""
@@ -323,7 +335,7 @@ def test_a_compiled_step_writes_only_to_what_stays_where_it_is(nets, compiled):
     keys = [i for i in inputs if i not in moving and "_modules_k_param" in i.name]
     assert len(keys) == 3 * net.cfg.layers, "own tokens, prompts and prefix"
     shapes = [i.meta["example_value"].shape for i in moving]
-    assert shapes == [(12,), (12,)], "the newest tokens, and how many came before"
+    assert shapes == [(12,)], "the newest tokens"
 
 
 def test_where_torch_compile_fails_steps_are_as_they_were(net, monkeypatch, recwarn):
@@ -521,10 +533,9 @@ def random_level(rows: int, kv_heads: int, lengths: list[int], capacity: int, dt
     shape = (rows, kv_heads, capacity, HEAD_DIM)
     k = torch.randn(shape, dtype=dtype)
     v = torch.randn(shape, dtype=dtype)
-    texts = SimpleNamespace(k=[k], v=[v])
+    texts = SimpleNamespace(k=[k], v=[v], lengths=torch.tensor(lengths))
     level = KeyValues(texts, rows)
-    level.resize(capacity)
-    level.fill(list(range(rows)), texts, lengths)
+    level.fill(list(range(rows)), texts)
     return level
 
 
@@ -563,31 +574,31 @@ def test_attention_over_levels_is_attention_over_all_keys_at_once(levels, kv_hea
     rng = random.Random(0)
     heads = 6
     slots = 12
-    shared_levels = []
+    shared = []
     for rows in LEVELS[levels]:
         lengths = [rng.randint(1, 50) for _ in range(rows)]
-        shared_levels.append(random_level(rows, kv_heads, lengths, 50, dtype))
+        shared.append(random_level(rows, kv_heads, lengths, 50, dtype))
     lengths = [0, 39, *(rng.randint(0, 39) for _ in range(slots - 2))]
-    cache = KVCache([random_level(slots, kv_heads, lengths, 40, dtype), *shared_levels])
-    cache.before = torch.arange(100, 100 + slots)
-    cache.set_widths(*(int(level.lengths.max()) + 1 for level in (cache.own, *cache.shared)))
-    cache.advance()
-    step = DecodeStep(cache)
+    own = random_level(slots, kv_heads, lengths, 40, dtype)
+    own.lengths += 1  # the new token
+    for level in (own, *shared):
+        level.resize(int(level.lengths.max()) + 1)
+    step = DecodeStep([own, *shared])
     q = (torch.randn(slots, heads, 1, HEAD_DIM) * scale).to(dtype)
     k = torch.randn(slots, kv_heads, 1, HEAD_DIM, dtype=dtype)
     v = torch.randn(slots, kv_heads, 1, HEAD_DIM, dtype=dtype)
     out = step.attend(0, q, k, v)
 
     assert out.shape == q.shape and out.dtype == dtype
-    assert torch.equal(step.positions[:, 0], cache.before + torch.tensor(lengths))
     expected = []
     for slot in range(slots):
-        per_level = [visible(level, slot, slots) for level in (*cache.shared, cache.own)]
+        per_level = [visible(level, slot, slots) for level in (*shared, own)]
         keys = torch.cat([level_keys for level_keys, _ in per_level], 1)
         values = torch.cat([level_values for _, level_values in per_level], 1)
         assert torch.equal(keys[:, -1], k[slot, :, 0])
         assert torch.equal(values[:, -1], v[slot, :, 0])
         expected.append(attention_to_all(q[slot, :, 0], keys, values))
+        assert step.positions[slot] == keys.shape[1] - 1
     tolerance = {"atol": 2e-6 if scale == 1 else 5e-5, "rtol": 0}
     torch.testing.assert_close(out[:, :, 0].double(), torch.stack(expected), **tolerance)
 
@@ -618,8 +629,7 @@ def test_prompts_read_side_by_side_give_the_logits_of_each_alone(nets, shape, pr
         if ids:
             context, _ = prefill(net, [ids])
             prefix = KeyValues(context, 1)
-            prefix.resize(prefix_length)
-            prefix.fill([0], context, [prefix_length])
+            prefix.fill([0], context)
         context, logits = prefill(net, texts, prefix)
         alone = [net(torch.tensor([ids + text]))[0, -1] for text in texts]
     assert {t.shape[2] for t in context.k + context.v} == {40}, "the prefix is not kept again"
@@ -644,10 +654,10 @@ def test_idle_and_ended_slots_change_no_token_of_another(nets, n, monkeypatch):
     num_garbled = Counter()
 
     def decode_with_garbage(scheduler):
-        ended = torch.tensor([sequence is None for sequence in scheduler.slots])
+        ended = torch.tensor([slot not in scheduler.live for slot in range(len(scheduler.u))])
         random_tokens = torch.randint(VOCABULARY, ended.shape)
         scheduler.tokens = torch.where(ended, random_tokens, scheduler.tokens)
-        levels = {"slots": (scheduler.cache.own, ended)}
+        levels = {"slots": (scheduler.own, ended)}
         if n > 1:
             levels["groups"] = (scheduler.prompt_level, ended.view(-1, n).all(1))
         for name, (level, rows) in levels.items():
@@ -823,7 +833,10 @@ def test_half_of_the_free_memory_bounds_the_samples_side_by_side(net, n, length,
     expected = generate(net, prompts, keys, **settings)
     cfg = net.cfg
     token_bytes = 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * 4  # keys and values in fp32
-    tokens = 10 + length if n == 1 else 4 * 10 + length  # a prompt is held once for its samples
+    widths = {3: 16, 10: 16, 40: 48, 50: 64}  # columns for so many tokens
+    tokens = widths[50]
+    if n == 4:  # a prompt is held once for its samples
+        tokens = 4 * widths[10] + widths[length]
     room = 3 * tokens * token_bytes
 
     monkeypatch.setattr(sample, "free_memory", lambda device: 2 * room)
@@ -837,7 +850,7 @@ def test_half_of_the_free_memory_bounds_the_samples_side_by_side(net, n, length,
         scheduler = Scheduler(net, prompts, keys, n, 10, 256, int)
         held = []
         for _ in scheduler.run([], 1.0, 1.0):
-            levels = {id(level): level for level in (scheduler.cache.own, scheduler.prompt_level)}
+            levels = {id(level): level for level in (scheduler.own, scheduler.prompt_level)}
             held.append(sum(t.nbytes for level in levels.values() for t in (*level.k, *level.v)))
     assert max(held) == room, "what is reckoned with is what is taken"
 
@@ -853,7 +866,7 @@ def test_no_more_memory_is_taken_than_prompts_need(net, recwarn, monkeypatch):
     prompts = [[1, 5 + i] for i in range(3)]
     keys = keys_of(prompts)
     token_bytes = 2 * net.cfg.layers * net.cfg.kv_heads * net.cfg.head_dim * 4
-    monkeypatch.setattr(sample, "free_memory", lambda device: 2 * 3 * (2 + 4) * token_bytes)
+    monkeypatch.setattr(sample, "free_memory", lambda device: 2 * 3 * 16 * token_bytes)
     generate(net, prompts, keys, stop=[], max_new=4, batch=10**9)
     assert not recwarn.list
 
@@ -1729,6 +1742,8 @@ def test_the_papers_settings_stand_in_for_what_a_folder_does_not_say(tmp_path):
     path = tmp_path / "generation_config.json"
     path.write_text('{"temperature": 0.6, "eos_token_id": 2}')
     assert sampling_settings(tmp_path) == PAPER | {"temperature": 0.6}
+    path.write_text('{"temperature": null, "top_p": 0.5}')
+    assert sampling_settings(tmp_path) == PAPER | {"top_p": 0.5}
     path.write_text("{")
     with pytest.raises(UserError, match="generation_config.json: not valid JSON"):
         sampling_settings(tmp_path)
@@ -1887,6 +1902,7 @@ def test_flags_come_before_the_settings_of_the_folder(folder, flags, settings, m
     run_main(monkeypatch, folder, *flags)
     (_, _, turns, key), response_settings = calls[0]
     seed = 7 if "--seed" in flags else 0
+    settings = settings | {"compile": None}
     assert (turns, key, response_settings) == (["Hi there"], (seed, 0), settings)
     (_, _, chat_seed), chat_settings = calls[1]
     assert (chat_seed, chat_settings) == (seed, settings)

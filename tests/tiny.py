@@ -216,7 +216,7 @@ def products(out: Path) -> dict[str, bytes]:
     files = {}
     for path in out.rglob("*"):
         unfinished = path.suffix in (".tmp", ".part") or "checkpoint" in path.parts
-        if path.is_file() and not unfinished:
+        if path.is_file() and not unfinished and path.name != ".lock":
             files[str(path.relative_to(out))] = path.read_bytes()
     if "config.json" in files:
         config = json.loads(files["config.json"])
