@@ -44,6 +44,7 @@ from model import (
     onednn_keeps_fp32,
     read_json,
     read_text,
+    transpose_weights,
     use_onednn_linear,
 )
 
@@ -854,6 +855,7 @@ def load_for_sampling(folder: str | os.PathLike) -> tuple[Llama, Tokenizer]:
     model, tok = load(folder, dtype, device)
     if device == "cpu":
         use_onednn_linear(model)
+        transpose_weights(model)
     return model.eval(), tok
 
 

@@ -531,13 +531,12 @@ def accumulate_gradients(run: Run, model, batch, examples, objective: Objective)
 def average_gradients(model):
     """The mean of the replicas' gradients, in one exchange: FSDP makes one a block, which takes
     longer than the work of a small model."""
-    grads = [p.grad for p in model.parameters()]
-    flat = torch.cat([grad.flatten() for grad in grads])
+    params = list(model.parameters())
+    flat = torch.cat([p.grad.flatten() for p in params])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    parts = flat.split([grad.numel() for grad in grads])
-    for grad, part in zip(grads, parts, strict=True):
-        grad.copy_(part.view_as(grad))
+    for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
+        p.grad = part.view_as(p)
 
 
 def my_micro_batches(run: Run, batch: list[int], examples: list[tuple]):

@@ -29,7 +29,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
 import sample
-from model import Llama, ModelConfig, hf_name, use_onednn_linear
+from model import Llama, ModelConfig, hf_name, transpose_weights, use_onednn_linear
 
 SHAPES = {
     "tiny": ModelConfig(
@@ -110,8 +110,9 @@ class Ours:
         self.engine = sample
         self.model = Llama(weights.cfg).eval()
         self.copy_weights(weights, dtype)
-        if dtype == torch.float32:
+        if dtype == torch.float32:  # as load_for_sampling has them
             use_onednn_linear(self.model)
+            transpose_weights(self.model)
 
     def copy_weights(self, weights: Llama, dtype: torch.dtype):
         self.model.load_state_dict(weights.state_dict())

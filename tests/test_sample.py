@@ -1754,6 +1754,9 @@ def test_a_model_is_loaded_to_be_asked(net, tok, tmp_path):
     model, vocabulary = load_for_sampling(tmp_path / "M1")
     assert not model.training and vocabulary.size == tok.size
     on_cpu = not torch.cuda.is_available()
+    if on_cpu:  # its weights lie otherwise and are the same
+        assert model.lm_head.weight.T.is_contiguous()
+        assert all(torch.equal(w, model.state_dict()[k]) for k, w in net.state_dict().items())
     assert next(model.parameters()).dtype == (torch.float32 if on_cpu else torch.bfloat16)
     with pytest.raises(UserError, match="nowhere: no such folder"):
         load_for_sampling(tmp_path / "nowhere")
