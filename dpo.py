@@ -41,7 +41,7 @@ def pair_examples(tok, pairs: list[dict]) -> list[tuple]:
 
 
 def num_tokens(example: tuple) -> int:
-    """Of the prompt and its one or two responses."""
+    """Of the prompt and its responses: one (SFT), or two and their reference (DPO)."""
     return sum(map(len, example[:3]))
 
 
@@ -74,11 +74,11 @@ def micro_batches(
     row has more); those of process `rank` of `world`, each with its weight.
 
     All processes get equally many of like size, or they would wait for each other in collectives,
-    some for ever: who has no rows left repeats one with weight 0.
+    some for ever: a process without rows runs one of the batch's with weight 0.
     """
     most_tokens = max(most_tokens, *sizes.values())
-    for count in range(1, len(sizes) + 1):
-        parts = [[] for _ in range(count * world)]
+    for each in range(1, len(sizes) + 1):  # micro-batches of a process: the fewest that fit
+        parts = [[] for _ in range(each * world)]
         loads = [0] * len(parts)
         for i in sorted(sizes, key=sizes.get, reverse=True):  # the longest first, to the emptiest
             emptiest = loads.index(min(loads))
@@ -191,7 +191,7 @@ class PackedBatch:
 
 
 def has_slow_kernel(q, num_keys: int) -> bool:
-    """Fused attention on a CPU, in bf16, to few keys."""
+    """Is fused attention slower than plain products here? On a CPU, in bf16, to few keys."""
     return not q.is_cuda and q.dtype != torch.float32 and num_keys <= MAX_PLAIN_KEYS
 
 

@@ -240,22 +240,21 @@ def why_rejected(ranks: list[int], scores: list[float]) -> str | None:
     """Why a try teaches no judging, or None: its scores contradict no human ordering of two
     replies and agree with at least one.
 
-    Equal scores are allowed, since few values cannot part all replies; replies of equal rank
-    demand nothing.
+    Equal scores are allowed, since few values cannot tell all replies apart; replies of equal
+    rank ask for nothing.
     """
     if len(ranks) < 2:
-        return "alone in its try"
+        return "the only readable reply"
     agreements = []
     for i, j in combinations(range(len(ranks)), 2):
         agreements.append((ranks[j] - ranks[i]) * (scores[i] - scores[j]))  # 0 is the best rank
     if min(agreements) < 0:
         return "against the people's order"
-    return None if max(agreements) > 0 else "parts no replies that people part"
+    return None if max(agreements) > 0 else "ties all that people rank apart"
 
 
 def goes_on_after_verdict(text: str) -> bool:
-    points = find_verdict(text)
-    return bool(re.search(r"\w", points.string[points.end() :]))
+    return bool(re.search(r"\w", text[find_verdict(text).end() :]))
 
 
 def keep_agreeing(ranked: list[dict], judgements: list[dict]) -> tuple[list[dict], Counter]:
@@ -296,6 +295,7 @@ def rebalance(judgements: list[dict], max_rows: int, key: tuple) -> tuple[list[d
         return [], Counter()
     rng = random.Random(repr(key))
     counts = Counter(j["score"] for j in judgements).most_common(2)
+    # where there is one score alone both are the same, and nothing is dropped
     (most_common, count), (_, second_count) = counts[0], counts[-1]
     common = [i for i, j in enumerate(judgements) if j["score"] == most_common]
     dropped = set(rng.sample(common, count - second_count))
@@ -303,7 +303,7 @@ def rebalance(judgements: list[dict], max_rows: int, key: tuple) -> tuple[list[d
     order = sorted(rng.sample(range(len(balanced)), min(max_rows, len(balanced))))
     tally = Counter({"most common score": len(dropped)})
     tally["over --eft-size"] = len(balanced) - len(order)
-    return [balanced[i] for i in order], +tally
+    return [balanced[i] for i in order], +tally  # without counts of 0
 
 
 def eft_rows(

@@ -4,7 +4,7 @@ A checkpoint means weights + vocabulary + chat format, so all three live here. M
 names of the Hugging Face layout, so the state dict *is* the file format: transformers reads what
 we write, and we read what it writes.
 Layers know nothing of processes: head counts are inferred, and the plan for many GPUs is applied
-from outside, below the last rule of this file.
+from outside, in the last section of this file.
 
 Left out: the KV cache and sampling (sample.py), packed training batches (dpo.py), Meta's file
 format (scripts/convert_meta.py), RoPE scaling, biases, other architectures.
@@ -96,7 +96,7 @@ class CausalContext:
 
 
 class Attention(nn.Module):
-    """Self-attention; what the tokens see is the context's affair."""
+    """Self-attention; the context decides what each token sees."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -167,8 +167,9 @@ class Llama(nn.Module):
     def forward(self, tokens, context=None, readout=None):
         """tokens (B, T) -> fp32 logits (B, T, V).
 
-        context says what the tokens see: texts of equal length without one; dpo.PackedBatch in
-        training; the KV cache that they continue in sampling. `readout(hidden, lm_head)` takes
+        context has positions (B, T) and attend(layer, q, k, v), which decides what each token
+        sees: CausalContext by default, dpo.PackedBatch in training, sample.Prefill and
+        sample.DecodeStep in sampling. `readout(hidden, lm_head)` takes
         the place of the logits where a caller needs less than all of them; it runs inside
         forward, where FSDP has the head's weight at hand.
         """
@@ -460,7 +461,7 @@ def read_weight(file: Path, name: str) -> torch.Tensor:
 def check_weights(folder: Path, params: dict[str, torch.Tensor]):
     """UserError unless the files hold exactly these parameters: loading is strict.
 
-    Of a tied matrix that is stored as the head alone, the name in `params` is changed to that.
+    Renames EMBEDDING to HEAD in `params` where a tied model's file holds the head alone.
     """
     shapes, files = {}, {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -724,8 +725,8 @@ def tokenizer_json(tok: Tokenizer) -> dict:
 # ---- faster products on a CPU: applied from outside, in place --------------------------------
 #
 # PyTorch leaves fp32 products to oneDNN only where it may round their factors to bf16, else to
-# MKL, which takes twice as long on processors by AMD (others were not measured). On a processor
-# without units for bf16 (AMX) oneDNN does not round, though it may.
+# MKL, which takes twice as long on processors by AMD (others were not measured). Without units for
+# bf16 (AMX) oneDNN does not round, though it may: there products stay exact.
 
 MIN_ONEDNN_ROWS = 256  # of a product: oneDNN prepares itself for every new size, in 0.4 ms
 # It keeps what it has prepared. Sizes seldom come twice, and a thousand of them, its default,

@@ -50,7 +50,7 @@ from model import (
 
 # ---- one token -------------------------------------------------------------------------------
 
-TOP_K = 256  # most likely tokens among which a CPU looks for top-p before it sorts all
+SORTED_FIRST = 256  # a CPU sorts this many tokens for top-p, and all only where they fall short
 
 
 def fingerprint(*values) -> str:
@@ -86,8 +86,8 @@ def sample_token(logits, u, temperature: float, top_p: float):
 
 def top_p_filter(probs, top_p: float):
     """probs (B, V) with 0 for all tokens that top-p leaves out."""
-    top = probs if probs.is_cuda else most_likely(probs, TOP_K)
-    if top is probs or (top.sum(-1) < top_p).any():  # a look makes a GPU wait
+    top = most_likely(probs, probs.shape[-1] if probs.is_cuda else SORTED_FIRST)
+    if not probs.is_cuda and (top.sum(-1) < top_p).any():  # to look would make a GPU wait
         top = most_likely(probs, probs.shape[-1])
     before = cumulative_sum(top) - top  # what is more likely than each token
     count = (before < top_p).sum(-1, keepdim=True).clamp(min=1)
@@ -361,6 +361,7 @@ class Scheduler:
         groups = min(max(1, batch // n), len(prompts))
         groups = agree(affordable(groups, n * widths[0] + sum(widths[1:]), first))
 
+        # with n = 1 one level holds both the prompt and the new tokens
         self.own = self.prompt_level = KeyValues(first, groups * n)
         self.levels = [self.own]
         if n > 1:
@@ -717,8 +718,8 @@ def example_seeds(tok: Tokenizer, seeds: list[str], at_least: int, max_tokens: i
     fitting = [prompt for prompt in one_line if len(tok.encode(prompt)) <= max_tokens]
     if len(fitting) < at_least:
         raise UserError(
-            f"the prompt writer's template has {at_least} places, and {len(fitting)} of "
-            f"{len(seeds)} seed prompts fit one (of {max_tokens} tokens); it needs as many"
+            f"the prompt writer's template needs {at_least} examples, and only {len(fitting)} of "
+            f"{len(seeds)} seed prompts are one line of at most {max_tokens} tokens"
         )
     return fitting
 
@@ -773,7 +774,7 @@ def propose(
                 f"only {len(accepted)} of {count} new prompts survived {num_requests} requests "
                 f"({dict(tally)}): ask for fewer, or take a better writer or template"
             )
-        size = min(wave, count - len(accepted) + 8)
+        size = min(wave, count - len(accepted) + 8)  # some will be dropped
         keys = [(*key, i) for i in range(num_requests, num_requests + size)]
         num_requests += size
         texts = [few_shot(template, num_examples, examples, generated, k) for k in keys]

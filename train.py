@@ -89,7 +89,7 @@ class Config:
     iters: int = 3  # models to make: M1 from M0 by fine-tuning, each further one by a round of DPO
     seed: int = 0  # of everything that is drawn
     writer: str = ""  # model that writes the new prompts of all rounds; empty: M0
-    prompts: str = "5000,9000"  # new prompts a round, the last for all further ones (our choice)
+    prompts: str = "5000,9000"  # new prompts in each round; the last number serves all later ones
     max_prompt: int = 128  # most tokens of a new prompt
     rouge: float = 0.7  # a new prompt more similar than this (ROUGE-L) to an older one is dropped
     candidates: int = 4  # responses to each prompt (N)
@@ -115,8 +115,8 @@ class Config:
     activation_checkpointing: bool = False  # compute activations again in backward: less memory
 
 
-# These change no product but its last bits (and what dropout drops), and may change when a run is
-# resumed; paths may be spelled otherwise, since what they lead to is compared.
+# May differ when a run is resumed: they affect results by rounding (and dropout masks) alone. Of
+# paths, what they lead to is compared, and not how they are spelled.
 MUTABLE_FIELDS = "out iters sample_batch micro_tokens save_every keep_every tp".split()
 MUTABLE_FIELDS += ["activation_checkpointing", "init", "writer", "data"]
 DATA_FILES = "ift.jsonl eft.jsonl eft_ranked.jsonl eft_eval.jsonl test.jsonl valid.jsonl".split()
@@ -124,7 +124,7 @@ DATA_FILES += ["judge.txt", "propose.txt"]
 WRITER_SAMPLING = {"temperature": 0.6, "top_p": 0.9}  # of new prompts (paper section 2.2)
 MIN_SPEEDUP = 1.2  # of more threads, or fewer are taken
 DEFAULT_MICRO_TOKENS = {"cuda": 16384, "cpu": 2048}
-# Batches of sequences that a process samples between two appends to disk. A kill loses as many;
+# Batches of sequences that a process samples between two appends to disk; a kill loses no more;
 # where a chunk ends, all wait for the last text, which costs a GPU as much as a whole batch.
 BATCHES_PER_CHUNK = {"cuda": 32, "cpu": 8}
 
@@ -158,12 +158,12 @@ def main(cfg: Config):
     run = open_run(cfg, init_distributed(cfg))
     models = ["SFT", *(f"M{t}" for t in range(1, cfg.iters + 1))]
     train_sft(run, "SFT", run.data.ift)  # the baseline: M0 on instructions only
-    eft = make_eft(run)  # by the baseline, where people's rankings are all there is
+    eft = make_eft(run)  # the baseline judges ranked replies, unless data has eft.jsonl
     write_prompts(run)  # for all rounds, by the fixed writer
     train_sft(run, "M1", run.data.ift + eft)  # M0 again, on instructions and judging
-    for name, next_name in pairwise(models[1:]):
-        self_reward(run, name, next_name)  # M_t responds, judges itself, prefers
-        train_dpo(run, name, next_name)  # M_t -> M_t+1
+    for old, new in pairwise(models[1:]):
+        self_reward(run, old, new)  # M_t responds, judges itself, prefers
+        train_dpo(run, old, new)  # M_t -> M_t+1
     for name in models:
         evaluate(run, name)
     log(f"done: {', '.join(models)} are in {cfg.out}; python -m scripts.report {cfg.out}")
@@ -253,7 +253,7 @@ def choose_eft(run: Run, path: Path, judgements: list[dict]) -> list[dict]:
 def judge_replies(run: Run, path: Path) -> list[dict]:
     """The SFT baseline's judgements of the replies that people have ranked."""
     model, tok = load_model(run, run.folder / "SFT")
-    return score(run, path, model, tok, judge.replies(run.data.eft_ranked), ("eft",))
+    return make_judgements(run, path, model, tok, judge.replies(run.data.eft_ranked), ("eft",))
 
 
 def write_prompts(run: Run):
@@ -263,54 +263,54 @@ def write_prompts(run: Run):
     for t in range(1, run.cfg.iters):
         count = counts[min(t, len(counts)) - 1]
         key = (run.cfg.seed, t, "prompts")
-        rows = product(run, f"M{t + 1}", "prompts.jsonl", propose, key, count, earlier)
+        rows = product(run, f"M{t + 1}", "prompts.jsonl", make_prompts, key, count, earlier)
         earlier = earlier + [row["prompt"] for row in rows]
 
 
-def self_reward(run: Run, name: str, next_name: str):
+def self_reward(run: Run, old: str, new: str):
     """M_t responds to the new prompts, judges its own responses, and prefers (section 2.2)."""
-    if exists(run, next_name, "pairs.jsonl"):
+    if exists(run, new, "pairs.jsonl"):
         return
-    model, tok = load_model(run, run.folder / name)
-    prompts = read_jsonl(run.folder / next_name / "prompts.jsonl", "prompt")
-    args = (model, tok, prompts, run.cfg.candidates, (next_name, "responses"))
-    candidates = product(run, next_name, "candidates.jsonl", respond, *args)
-    args = (model, tok, candidates, (next_name, "judgements"))
-    judgements = product(run, next_name, "judgements.jsonl", score, *args)
+    model, tok = load_model(run, run.folder / old)
+    prompts = read_jsonl(run.folder / new / "prompts.jsonl", "prompt")
+    args = (model, tok, prompts, run.cfg.candidates, (new, "responses"))
+    candidates = product(run, new, "candidates.jsonl", make_responses, *args)
+    args = (model, tok, candidates, (new, "judgements"))
+    judgements = product(run, new, "judgements.jsonl", make_judgements, *args)
     pairs, tally = judge.prefer(prompts, candidates, judge.mean_scores(judgements))
-    check_round(run, next_name, pairs, tally, judgements)
-    product(run, next_name, "pairs.jsonl", add_reference, model, tok, pairs, next_name)
+    check_round(run, new, pairs, tally, judgements)
+    product(run, new, "pairs.jsonl", add_reference, model, tok, pairs, new)
 
 
-def check_round(run: Run, next_name: str, pairs, tally: Counter, judgements):
+def check_round(run: Run, new: str, pairs, tally: Counter, judgements):
     """Log what a round has to learn from; UserError where that is nothing."""
     rate = judge.parse_rate(judgements) or 0
     scores = judge.score_histogram(judgements)
     unreadable = Counter(filter(None, map(judge.why_unreadable, judgements)))
     facts = f"{dict(tally)}; {rate:.1%} of {len(judgements)} judgements have a score: {scores}"
     facts += f", the others: {dict(unreadable)}" if unreadable else ""
-    log(f"{next_name}: {facts}")
+    log(f"{new}: {facts}")
     if not pairs:
         remedy = judge.judging_remedy(judgements)
-        raise UserError(f"{run.folder}/{next_name}: no prompt gave a pair: {facts}; {remedy}")
+        raise UserError(f"{run.folder}/{new}: no prompt gave a pair: {facts}; {remedy}")
 
 
-def train_dpo(run: Run, name: str, next_name: str):
+def train_dpo(run: Run, old: str, new: str):
     """DPO from M_t on the pairs that M_t made (section 2.3): M_t+1."""
-    if exists(run, next_name, "config.json"):
+    if exists(run, new, "config.json"):
         return
-    model, tok = load_model(run, run.folder / name)
-    pairs = read_jsonl(run.folder / next_name / "pairs.jsonl", "prompt", "reference_chosen")
+    model, tok = load_model(run, run.folder / old)
+    pairs = read_jsonl(run.folder / new / "pairs.jsonl", "prompt", "reference_chosen")
     examples = dpo.pair_examples(tok, pairs)
     to_tensors = partial(collate_pairs, device=run.device)
     loss = partial(preference_loss, beta=run.cfg.beta)
     objective = Objective(to_tensors, loss, lambda e: 1, run.cfg.dpo_lr, final_lr_ratio=0.1)
-    key = (run.cfg.seed, next_name)
+    key = (run.cfg.seed, new)
     batches = dpo.make_batches(examples, run.cfg.batch, run.cfg.dpo_epochs, key)
-    check_reference(run, model, examples, batches[0], name, next_name)
+    check_reference(run, model, examples, batches[0], old, new)
     keep = partial(save_model, run, model, tok)
-    train_model(run, model, next_name, batches, examples, objective, keep)
-    save_model(run, model, tok, next_name)
+    train_model(run, model, new, batches, examples, objective, keep)
+    save_model(run, model, tok, new)
 
 
 def evaluate(run: Run, name: str):
@@ -323,15 +323,15 @@ def evaluate(run: Run, name: str):
         return
     model, tok = load_model(run, run.folder / name)
     if tests:
-        product(run, name, "test.jsonl", respond, model, tok, tests, 1, ("test",))
+        product(run, name, "test.jsonl", make_responses, model, tok, tests, 1, ("test",))
     if replies:
-        product(run, name, "exam.jsonl", score, model, tok, replies, ("exam",))
+        product(run, name, "exam.jsonl", make_judgements, model, tok, replies, ("exam",))
 
 
 # ---- what chapters are made of: sampling, on all processes -----------------------------------
 
 
-def propose(run: Run, path: Path, key: tuple, count: int, earlier: list[str]) -> list[dict]:
+def make_prompts(run: Run, path: Path, key: tuple, count: int, earlier: list[str]) -> list[dict]:
     """`count` new prompts that are not like those of the seed data or of earlier rounds."""
     model, tok = load_model(run, run.cfg.writer or run.cfg.init)
     max_new = limit_tokens(run.cfg.max_prompt, model)
@@ -368,7 +368,7 @@ def propose(run: Run, path: Path, key: tuple, count: int, earlier: list[str]) ->
     return [{"id": i, "prompt": prompt} for i, prompt in enumerate(prompts)]
 
 
-def respond(run: Run, path: Path, model, tok, rows: list[dict], n: int, stage: tuple):
+def make_responses(run: Run, path: Path, model, tok, rows: list[dict], n: int, stage: tuple):
     """n responses to each prompt; prompts that leave no room for one are left out and counted.
     The seed and the stage key the random numbers: test prompts have the same for every model."""
     max_new = limit_tokens(run.cfg.max_response, model)
@@ -380,7 +380,7 @@ def respond(run: Run, path: Path, model, tok, rows: list[dict], n: int, stage: t
     return map_in_chunks(run, path, model, fitting, work, n, "responses")
 
 
-def score(run: Run, path: Path, model, tok, rows: list[dict], stage: tuple):
+def make_judgements(run: Run, path: Path, model, tok, rows: list[dict], stage: tuple):
     """The model's judgements of responses, `votes` of each."""
     max_new = limit_tokens(run.cfg.max_judgement, model)
     settings = batch_settings(run) | judge.SAMPLING
@@ -466,7 +466,7 @@ class Objective(NamedTuple):
 def train_model(run: Run, model, name: str, batches, examples, objective: Objective, keep=None):
     """Update the model on every batch: AdamW, 5 % warm-up, cosine decay, clipping at 1.
 
-    It resumes from the last training state. keep(folder name) saves the model beside, every
+    It resumes from the last training state. keep(folder name) saves a copy of the model every
     --keep-every updates. Raises UserError on a loss that is not finite.
     """
     cfg = run.cfg
@@ -480,7 +480,7 @@ def train_model(run: Run, model, name: str, batches, examples, objective: Object
         start = time.time()
         lr = learning_rate(step, len(batches), objective)
         optimizer.param_groups[0]["lr"] = lr
-        # a resumed training drops what an uninterrupted one does
+        # seeded by the step, so that a resumed run draws the same dropout masks
         torch.manual_seed(sample.seed_of(cfg.seed, name, step, run.dp_rank))
         metrics = accumulate_gradients(run, model, batches[step], examples, objective)
         metrics["grad_norm"] = clip_gradients(model)
@@ -581,14 +581,14 @@ def pair_logps(run: Run, model, examples, batches) -> dict[int, tuple[float, flo
     return {i: (chosen, rejected) for i, chosen, rejected in all_gather(run, logps)}
 
 
-def add_reference(run: Run, path: Path, model, tok, pairs: list[dict], next_name: str):
+def add_reference(run: Run, path: Path, model, tok, pairs: list[dict], new: str):
     """Pairs with the frozen reference: M_t's log-probs of chosen and rejected.
 
     They are computed in the very batches of DPO's first epoch, so that policy and reference agree
     to the last bit before the first update, in any precision.
     """
     examples = dpo.pair_examples(tok, pairs)
-    batches = dpo.make_batches(examples, run.cfg.batch, 1, (run.cfg.seed, next_name))
+    batches = dpo.make_batches(examples, run.cfg.batch, 1, (run.cfg.seed, new))
     logps = pair_logps(run, model, examples, batches)
     rows = []
     for i, pair in enumerate(pairs):
@@ -597,7 +597,7 @@ def add_reference(run: Run, path: Path, model, tok, pairs: list[dict], next_name
     return rows
 
 
-def check_reference(run: Run, model, examples, batch, name: str, next_name: str):
+def check_reference(run: Run, model, examples, batch, old: str, new: str):
     """Before the first update policy and reference are one model: margin 0, loss ln 2, dropout
     apart. Else the pairs are another model's."""
     differences, num_tokens = 0.0, 0
@@ -608,19 +608,18 @@ def check_reference(run: Run, model, examples, batch, name: str, next_name: str)
     half_precision = run.device == "cuda" or run.cfg.dtype == "bfloat16"
     if not differences / num_tokens < (1e-2 if half_precision else 1e-4):
         raise UserError(
-            f"{run.folder}/{next_name}/pairs.jsonl: its reference log-probs differ by "
-            f"{differences / num_tokens:.3g} a token from those of {name}, where DPO starts; "
+            f"{run.folder}/{new}/pairs.jsonl: its reference log-probs differ by "
+            f"{differences / num_tokens:.3g} a token from those of {old}, where DPO starts; "
             "remove all files but prompts.jsonl there and start again"
         )
-    log(f"{next_name}: policy and reference are one model: the loss is ln 2 before dropout")
+    log(f"{new}: policy and reference are one model: the loss is ln 2 before dropout")
 
 
 # ---- training state, saved and resumed -------------------------------------------------------
 
 
 def training_state(model, optimizer) -> dict:
-    """All that a step changes, as tensors that are saved from and loaded into where they lie, by
-    each process its part.
+    """Weights and Adam's moments, saved and loaded in place, by each process its own shards.
 
     Learning rate, dropout and rows are functions of the step, so no random state is among them.
     """
@@ -710,6 +709,7 @@ def open_run(cfg: Config, mesh) -> Run:
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         lock_run(folder)
+        remove_leftovers(folder)
         if not saved:
             for model_folder in sorted(folder.glob("*/config.json")):
                 log(f"{model_folder.parent}: is there already and taken as it is")
@@ -797,10 +797,8 @@ def check_same_run(cfg: Config, saved: dict, files: dict[str, str], path: Path):
 def exists(run: Run, name: str, file: str) -> bool:
     """Is this product there? Files appear whole or not at all, so being there is being finished.
 
-    All ranks go by what the first one sees: file systems may lag.
+    All ranks must ask together, and go by what the first one sees: file systems may lag.
     """
-    if dist.get_rank() == 0:
-        remove_leftovers(run.folder)
     return all_gather(run, [dist.get_rank() == 0 and (run.folder / name / file).exists()])[0]
 
 
@@ -888,8 +886,8 @@ def init_distributed(cfg: Config):
 
 
 def choose_threads(cfg: Config) -> int:
-    """As many threads as one process gains by. Where others use the cores, one is mostly the
-    fastest: threads wait for each other in every product, and a sleeping one wakes late."""
+    """The most threads of which each step up is worth MIN_SPEEDUP. On busy cores one is mostly
+    the fastest: threads wait for each other in every matrix product."""
     seconds = time_threads(cfg)
     threads = 1
     for count, time_taken in seconds.items():
@@ -909,9 +907,9 @@ def time_threads(cfg: Config) -> dict[int, float]:
     most = torch.get_num_threads()
     counts = [2**i for i in range(most.bit_length())] + [most]
     times = {count: [] for count in sorted(set(counts))}
-    seconds = 1 if most > 1 else 0  # one thread alone has no rival
+    seconds = 1 if most > 1 else 0  # on one core there is nothing to compare
     end = time.perf_counter() + seconds
-    while not times[1] or time.perf_counter() < end:  # in turns: what else runs meets all alike
+    while not times[1] or time.perf_counter() < end:  # in turns: other load hits all alike
         for count, taken in times.items():
             torch.set_num_threads(count)
             start = time.perf_counter()
@@ -928,7 +926,7 @@ def load_model(run: Run, folder):
     replicated = run.device == "cpu" and dtype == "float32" and run.cfg.tp == 1
     shard = None
     if not replicated or run.cfg.activation_checkpointing:
-        gc.collect()  # the model before: FSDP has tied it into cycles
+        gc.collect()  # frees the model before: FSDP leaves reference cycles
         shard = partial(
             parallelize,
             mesh=run.mesh,
@@ -938,13 +936,15 @@ def load_model(run: Run, folder):
     model, tok = load(folder, torch.float32, run.device, run.cfg.dropout, shard)
     if replicated:
         use_onednn_linear(model)
-    dist.barrier()  # who reads slowly is waited for here, and not in the first forward pass
+    dist.barrier()  # slow readers are waited for here, not in the first forward pass
     return model.eval(), tok
 
 
 def save_model(run: Run, model, tok, name: str):
     """Write a model folder into the run folder; all ranks call this, the first writes."""
     save(model, tok, run.folder / name, response_sampling(run), write=dist.get_rank() == 0)
+    if dist.get_rank() == 0:
+        remove_leftovers(run.folder)
     dist.barrier()
 
 

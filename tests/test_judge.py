@@ -555,8 +555,8 @@ def tries_of(prompt_id, *tries):
 
 
 AGAINST = "against the people's order"
-TIED = "parts no replies that people part"
-ALONE = "alone in its try"
+TIED = "ties all that people rank apart"
+ALONE = "the only readable reply"
 UNREAD = "no readable verdict"
 GOES_ON = "goes on after its verdict"
 LATER = "an earlier try agrees"

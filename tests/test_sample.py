@@ -1000,7 +1000,7 @@ def test_tokens_are_drawn_from_the_explicit_nucleus(shape, top_p):
 @pytest.mark.parametrize("top_p", [0.01, 0.3, 0.9, 0.999])
 @pytest.mark.parametrize("vocabulary", [3, 100, 2000])
 def test_top_p_keeps_what_an_explicit_search_keeps_and_leaves_it_as_it_is(vocabulary, top_p):
-    """From flat rows, where the first TOP_K tokens are not enough, to peaked ones; and
+    """From flat rows, where the first SORTED_FIRST tokens are not enough, to peaked ones; and
     transformers agrees."""
     from transformers import TopPLogitsWarper
 
@@ -1014,7 +1014,7 @@ def test_top_p_keeps_what_an_explicit_search_keeps_and_leaves_it_as_it_is(vocabu
     assert torch.equal(likely, torch.where(likely > 0, probs, 0))
     assert torch.equal(likely > 0, TopPLogitsWarper(top_p)(None, logits).isfinite())
     if vocabulary == 2000 and top_p >= 0.9:
-        assert (likely > 0).sum(1).max() > 3 * sample.TOP_K
+        assert (likely > 0).sum(1).max() > 3 * sample.SORTED_FIRST
 
 
 def test_the_number_of_tokens_that_are_looked_at_first_changes_nothing(monkeypatch):
@@ -1023,7 +1023,7 @@ def test_the_number_of_tokens_that_are_looked_at_first_changes_nothing(monkeypat
     probs = (torch.randn(500, 200, generator=g) * scales).softmax(-1)
     expected = top_p_filter(probs, 0.8)
     for count in (1, 4, 32, 1000):
-        monkeypatch.setattr(sample, "TOP_K", count)
+        monkeypatch.setattr(sample, "SORTED_FIRST", count)
         assert torch.equal(top_p_filter(probs, 0.8), expected)
 
 
@@ -1604,7 +1604,7 @@ def test_examples_share_the_room_and_a_longer_prompt_is_never_shown(tok):
     assert len(prompts) == 30
     assert all(len(tok.encode_with_bos(request)) <= 150 for request in write.requests)
     assert not any("x1y2" in request for request in write.requests)
-    with pytest.raises(UserError, match=r"0 of 10 seed prompts fit"):
+    with pytest.raises(UserError, match=r"0 of 10 seed prompts are one line"):
         propose(Writer(tok), tok, TEMPLATE, SEEDS, 5, key=(0,), max_request_tokens=3)
 
 

@@ -1107,10 +1107,10 @@ REPORT = {
     "dropped": {
         "no readable verdict": 44,
         "against the people's order": 8,
-        "parts no replies that people part": 6,
+        "ties all that people rank apart": 6,
         "an earlier try agrees": 2,
         "most common score": 2,
-        "alone in its try": 1,
+        "the only readable reply": 1,
         "goes on after its verdict": 1,
     },
     "scores_before": {"1": 1, "3": 4, "4": 2, "5": 1},
