@@ -26,7 +26,7 @@ help:  ## show this list
 setup: .venv/report  ## make .venv: the five packages, and matplotlib for figures
 
 run: .venv/report  ## M0 -> M1 -> M2 -> M3 on the zoo, then the report (OUT="runs/one" ARGS="--seed 1" PROCESSES=4)
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) train.py --out "$(OUT)" $(ARGS)
+	$(if $(filter 1,$(PROCESSES)),,OMP_NUM_THREADS=1) $(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) train.py --out "$(OUT)" $(ARGS)
 	$(BIN)/python -m scripts.report "$(OUT)"
 
 test: .venv/dev  ## all tests, on two cores (ARGS="-k judge" for some)

@@ -7,7 +7,8 @@ the worst is a preference pair.
 
     python judge.py runs/zoo/M3 "Where does the owl live?" "The owl lives in woods."
 
-Left out: agreement with people and head-to-head (scripts/report.py, scripts/compare.py).
+Left out: agreement with people and head-to-head (scripts/report.py, scripts/compare.py); judges
+that think aloud between tags before they judge (scripts/compare.py's may).
 """
 
 import argparse

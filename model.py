@@ -284,19 +284,21 @@ def read_json(path: Path, kind: type = dict) -> dict | list:
 def atomic_write(path: Path, content: str | bytes):
     """Whole or not at all: what stands at `path` is never half-written, even after a power cut."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as f:
-        write_and_sync(f, content)
+    write_and_sync(temporary, content)
     os.replace(temporary, path)
 
 
-def write_and_sync(f, content: str | bytes = b""):
-    """Write to an open binary file: all it was given is on disk when this returns."""
+def write_and_sync(path: Path, content: str | bytes = b"", mode: str = "wb"):
+    """Write to a file: all it was given is on disk when this returns."""
     try:
-        f.write(content.encode() if isinstance(content, str) else content)
-        f.flush()
-        os.fsync(f.fileno())
-    except OSError as e:  # it does not say where
-        raise UserError(f"{f.name}: {e.strerror}; make room and start again") from None
+        with path.open(mode) as f:
+            f.write(content.encode() if isinstance(content, str) else content)
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:  # to close the file is to write once more, so this stands outside `with`
+        if e.filename:  # it could not be opened, and says where
+            raise
+        raise UserError(f"{path}: {e.strerror}; make room and start again") from None
 
 
 def write_json(path: Path, value: dict | list, indent: int | None = 2):
@@ -480,6 +482,11 @@ def check_weights(folder: Path, params: dict[str, torch.Tensor]):
             params[HEAD] = params.pop(EMBEDDING)
         elif torch.equal(*(read_weight(folder / files[name], name) for name in (EMBEDDING, HEAD))):
             del shapes[HEAD]
+        else:
+            raise UserError(
+                f"{folder}: {HEAD} is not {EMBEDDING}, though config.json ties them; set "
+                '"tie_word_embeddings": false there, or remove that tensor'
+            )
     extra = [name for name in shapes if name not in params and not name.endswith(ROPE_TABLE)]
     missing = params.keys() - shapes.keys()
     if missing or extra:
@@ -500,8 +507,8 @@ def check_weights(folder: Path, params: dict[str, torch.Tensor]):
 def load(
     folder: str | os.PathLike, dtype=torch.float32, device="cpu", dropout=0.0, shard=None
 ) -> tuple[Llama, Tokenizer]:
-    """Read a model folder in Hugging Face layout into weights of `dtype`; UserError, before any
-    weight is read, where it is not a whole Llama.
+    """Read a model folder in Hugging Face layout into weights of `dtype`; UserError, before
+    weights are loaded, where it is not a whole Llama.
 
     shard(model) is called while the model has no memory yet; then every process reads its own
     part of each tensor.
@@ -595,8 +602,7 @@ def write_weights(path: Path, tensors: dict[str, torch.Tensor]):
     except SafetensorError as e:
         raise UserError(f"{temporary}: {e}; make room and start again") from None
     temporary.chmod(mode)  # save_file lets nobody else read it
-    with temporary.open("rb+") as f:
-        write_and_sync(f)
+    write_and_sync(temporary, mode="rb+")
     os.replace(temporary, path)
 
 

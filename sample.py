@@ -156,7 +156,7 @@ class Prefill:
         start = prefix.width if prefix else 0
         columns = torch.arange(start + max(lengths), device=device)
         self.positions = columns[None, start:]  # (1, T)
-        self.mask = columns <= self.positions.mT  # (T, start + T)
+        self.mask = columns <= self.positions.mT if prefix else None  # (T, start + T)
 
     def attend(self, layer: int, q, k, v):  # (B, H, T, hd), (B, K, T, hd) -> (B, H, T, hd)
         self.k.append(k)
@@ -467,6 +467,8 @@ class Scheduler:
         """(sample numbers, their next tokens), a step each."""
         while self.schedule():
             for tokens in self.sample_steps(temperature, top_p):
+                if not self.live:  # of a GPU's steps some lie behind the last end
+                    break
                 numbers = list(self.live.values())
                 new_tokens = [tokens[slot] for slot in self.live]
                 if -1 in new_tokens:

@@ -337,7 +337,7 @@ def make_prompts(run: Run, path: Path, key: tuple, count: int, earlier: list[str
     max_new = limit_tokens(run.cfg.max_prompt, model)
     stop = [tok.eos, *tok.newlines]
     settings = batch_settings(run) | WRITER_SAMPLING | {"max_new": max_new, "stop": stop}
-    waves = {part["fingerprint"]: part["results"] for part in read_parts(run, path)}
+    waves = {part["fingerprint"]: part["results"] for part in read_parts(path)}
 
     def write(requests: list[list[int]], keys: list[tuple]) -> list[list[int]]:
         wave = fingerprint(requests, keys)
@@ -423,7 +423,7 @@ def map_in_chunks(
     the same size the chunks are the same again.
     """
     results, finished = [], set()
-    for part in read_parts(run, path):
+    for part in read_parts(path):
         if part["fingerprint"] == fingerprint([rows[i] for i in part["rows"] if i < len(rows)]):
             results += part["results"]
             finished |= set(part["rows"])
@@ -824,10 +824,11 @@ def append_part(path: Path, part: dict):
         append_jsonl(path.with_name(path.name + ".part"), part)
 
 
-def read_parts(run: Run, path: Path) -> list[dict]:
+def read_parts(path: Path) -> list[dict]:
     """What an earlier start has appended, as the first rank reads it."""
-    first = dist.get_rank() == 0
-    return all_gather(run, read_appended(path.with_name(path.name + ".part")) if first else [])
+    parts = [read_appended(path.with_name(path.name + ".part")) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(parts)
+    return parts[0]
 
 
 def remove_leftovers(folder: Path):
@@ -841,8 +842,7 @@ def remove_leftovers(folder: Path):
 
 
 def append_jsonl(path: Path, row: dict):
-    with path.open("ab") as f:
-        write_and_sync(f, json.dumps(row, ensure_ascii=False) + "\n")
+    write_and_sync(path, json.dumps(row, ensure_ascii=False) + "\n", mode="ab")
 
 
 def read_appended(path: Path) -> list[dict]:
@@ -987,6 +987,7 @@ def progress(run: Run, path: Path, total: int, unit: str):
     my_total = -(-total // run.dp_size)
     pause = 0.1 if sys.stderr.isatty() else 60  # seconds
     settings = {"desc": title, "unit": f" {unit}", "delay": pause, "mininterval": pause}
+    settings["miniters"] = 1  # or tqdm writes between as well
     with tqdm(total=my_total, disable=dist.get_rank() != 0, **settings) as bar:
 
         def callback(tokens: int, ended: int):
@@ -1057,6 +1058,7 @@ def validate(cfg: Config) -> Config:
         ("candidates", cfg.candidates >= 2, "at least 2, or there is nothing to prefer"),
         ("top_p", 0 < cfg.top_p <= 1, "in (0, 1]"),
         ("dropout", 0 <= cfg.dropout < 1, "in [0, 1)"),
+        ("init", cfg.init, "the folder of the pretrained model, M0"),
         ("dtype", cfg.dtype in ("", "float32", "bfloat16"), "float32 or bfloat16"),
     ]
     for name, holds, rule in rules:

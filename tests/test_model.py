@@ -533,7 +533,7 @@ def test_a_tied_model_whose_file_holds_another_head_is_refused(cfg, tok, tmp_pat
     net = random_net(replace(cfg, tie_embeddings=True))
     head = random_net(cfg, seed=1).lm_head.weight.detach()
     folder = write_folder(tmp_path / "it", net, tok, change=put("lm_head.weight", *head.shape))
-    assert "without a place lm_head.weight" in refusal(folder)
+    assert "lm_head.weight is not model.embed_tokens.weight" in refusal(folder)
 
 
 def test_a_tied_model_whose_file_holds_the_head_alone_loads(cfg, tok, tmp_path):
@@ -773,19 +773,25 @@ def test_only_the_writing_process_touches_the_disk(net, tok, tmp_path):
     assert not (tmp_path / "m").exists()
 
 
-def test_a_full_disk_is_told_by_the_name_of_the_file(tmp_path):
+@pytest.mark.parametrize("writer", ["atomic_write", "write_and_sync"])
+@pytest.mark.parametrize("size", [1000, 1001, 9000, 100_000])
+def test_a_full_disk_is_told_by_the_name_of_the_file(tmp_path, size, writer):
+    """Also where the file is so small that it is written when it is closed."""
     work = (
-        "import resource, sys; from pathlib import Path; from model import atomic_write\n"
+        f"import resource, sys; from pathlib import Path; from model import {writer}\n"
+        "from sample import run_command\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "atomic_write(Path(sys.argv[1]), 'x' * int(sys.argv[2]))"
+        f"run_command(lambda: {writer}(Path(sys.argv[1]), 'x' * {size}))"
     )
     path = tmp_path / "rows.jsonl"
-    path.write_text("old")
-    for size, content in ((2000, "old"), (1000, "x" * 1000)):
-        argv = [sys.executable, "-c", work, str(path), str(size)]
-        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
-        assert ("rows.jsonl.tmp: File too large; make room" in done.stderr) == (size > 1000)
-        assert path.read_text() == content
+    argv = [sys.executable, "-c", work, str(path)]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    if size > 1000:
+        suffix = ".tmp" if writer == "atomic_write" else ""
+        message = f"error: {path}{suffix}: File too large; make room and start again\n"
+        assert (done.returncode, done.stderr) == (1, message)
+    else:
+        assert path.read_text() == "x" * size
 
 
 @pytest.mark.parametrize(

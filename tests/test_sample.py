@@ -218,15 +218,9 @@ class OnGpu(torch.Tensor):
     is_cuda = property(lambda self: True)
 
 
-@pytest.mark.parametrize("n", [1, 3])
-def test_several_steps_between_two_looks_at_the_tokens_change_nothing(nets, n, monkeypatch):
-    """As on a GPU, whose tokens must be waited for: samples go on behind their end unseen."""
-    net = nets["grouped"]
-    rng = random.Random(n)
-    prompts = with_common_prefix(rng, 9)
-    keys = keys_of(prompts)
-    settings = {"n": n, "max_new": 21, "stop": list(range(6)), "temperature": 1.0, "top_p": 0.9}
-    expected = one_by_one(net, prompts, keys, **settings)
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """The engine goes its way on a GPU; the numbers of steps between two looks at the tokens."""
     plain_prefill = prefill
     plain_decode = sample.decode
     plain_steps = Scheduler.sample_steps
@@ -245,6 +239,27 @@ def test_several_steps_between_two_looks_at_the_tokens_change_nothing(nets, n, m
     monkeypatch.setattr(sample, "decode", lambda *a: plain_decode(*a).as_subclass(OnGpu))
     monkeypatch.setattr(sample, "can_compile", lambda device: False)
     monkeypatch.setattr(Scheduler, "sample_steps", count_steps)
+    return steps
+
+
+def test_an_answer_that_ends_between_two_looks_is_printed(net, tok, on_gpu, capsys):
+    for seed in range(8):
+        settings = {"max_new": 30, "temperature": 1.5, "top_p": 1.0}
+        text = print_response(net, tok, ["What is it?"], (seed,), **settings)
+        assert capsys.readouterr().out == text + "\n"
+    assert len(on_gpu) >= 8
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_several_steps_between_two_looks_at_the_tokens_change_nothing(nets, n, request):
+    """As on a GPU, whose tokens must be waited for: samples go on behind their end unseen."""
+    net = nets["grouped"]
+    rng = random.Random(n)
+    prompts = with_common_prefix(rng, 9)
+    keys = keys_of(prompts)
+    settings = {"n": n, "max_new": 21, "stop": list(range(6)), "temperature": 1.0, "top_p": 0.9}
+    expected = one_by_one(net, prompts, keys, **settings)
+    steps = request.getfixturevalue("on_gpu")
     for batch in (2 * n, 4 * n, 100):
         assert generate(net, prompts, keys, batch=batch, **settings) == expected
     assert max(steps) == sample.STEPS_PER_SYNC > min(steps)

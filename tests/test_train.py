@@ -755,7 +755,7 @@ def test_rows_are_dealt_to_processes_by_length(dp_rank, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "unsharded", lambda model, mesh: nullcontext(plain))
     monkeypatch.setattr(train, "all_gather", lambda run, rows: list(rows))
     monkeypatch.setattr(train, "progress", lambda *_: nullcontext(print))
-    monkeypatch.setattr(train, "read_parts", lambda run, path: [])
+    monkeypatch.setattr(train, "read_parts", lambda path: [])
     monkeypatch.setattr(train, "append_part", lambda path, part: None)
     rows = []
     for n in range(20):
@@ -1711,6 +1711,7 @@ BAD_FLAGS = {
     "half a model": ("--init {bad}/half", ["{bad}/half/config.json", "not found"]),
     "torn weights": ("--init {bad}/torn", ["{bad}/torn/model.safetensors", "download it again"]),
     "another tokenizer": ("--init {bad}/misfit", ["{bad}/misfit/tokenizer.model", "420", "419"]),
+    "no name of a model": ("--init=", ["--init", "pretrained"]),
     "no models": ("--iters 0", ["--iters"]),
     "a learning rate of nothing": ("--dpo-lr 0", ["--dpo-lr", "positive"]),
     "a learning rate that is no number": ("--sft-lr nan", ["--sft-lr", "positive"]),
