@@ -19,7 +19,7 @@ from collections import Counter, defaultdict
 from itertools import combinations
 from pathlib import Path
 
-from model import Llama, Tokenizer, UserError, read_text
+from model import Llama, Tokenizer, UserError, read_json, read_text
 from sample import fingerprint, generate, load_for_sampling, read_jsonl, run_command
 
 SAMPLING = {"temperature": 0.7, "top_p": 0.9}  # of judgements, as the paper samples responses
@@ -342,6 +342,16 @@ def score_histogram(judgements: list[dict]) -> dict[str, int]:
 # ---- one answer, in the terminal -------------------------------------------------------------
 
 
+def template_of_run(folder: str) -> Path:
+    """judge.txt of the data folder that the model's run was made with; the zoo's without a run."""
+    for parent in Path(folder).parents[:2]:  # of RUN/M2, or of RUN/M2/step-100
+        path = parent / "config.json"
+        config = read_json(path) if path.exists() else {}
+        if "data" in config:
+            return Path(config["data"]) / "judge.txt"
+    return Path("data/zoo/judge.txt")
+
+
 def main():
     parser = argparse.ArgumentParser(description="Let a model judge one response to a prompt.")
     parser.add_argument("folder", help="folder of the model that judges, such as runs/zoo/M3")
@@ -350,14 +360,13 @@ def main():
     parser.add_argument(
         "--template",
         type=Path,
-        default=Path("data/zoo/judge.txt"),
-        help="the judge's prompt, with {prompt} and {response} (data/zoo/judge.txt)",
+        help="judge's prompt, with {prompt} and {response} (the run's own)",
     )
     parser.add_argument("--votes", type=int, default=3, help="judgements to average")
     parser.add_argument("--max-new", type=int, default=256, help="most tokens of a judgement")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    template = read_template(args.template)
+    template = read_template(args.template or template_of_run(args.folder))
     model, tok = load_for_sampling(args.folder)
     row = {"id": 0, "k": 0, "prompt": args.prompt, "response": args.response.strip()}
     judgements = score(

@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import runpy
+import shutil
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -856,6 +857,18 @@ def test_another_scale_reaches_the_command(folder, tok, monkeypatch, capsys):
     script(monkeypatch, tok, "Score: 7/10", "Score: 10", "Score: 4/5")
     run_main(monkeypatch, folder, PROMPT, RESPONSE)
     assert capsys.readouterr().out.endswith("mean score 8.50 of 10\n")
+
+
+@pytest.mark.parametrize("model", ["M3", "M2/step-4"])
+def test_a_model_judges_by_the_words_of_its_run(folder, tok, monkeypatch, tmp_path, model):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "judge.txt").write_text("{prompt} / {response}")
+    (tmp_path / "config.json").write_text(json.dumps({"data": str(tmp_path / "data")}))
+    if model != "M3":
+        shutil.copytree(folder, tmp_path / model)
+    spy = script(monkeypatch, tok, "Score: 1")
+    run_main(monkeypatch, tmp_path / model, PROMPT, RESPONSE, "--votes", 1)
+    assert spy.calls[0]["prompts"] == [tok.chat(f"{PROMPT} / {RESPONSE.strip()}")]
 
 
 def test_flags_of_the_command_do_what_they_say(folder, tok, monkeypatch, tmp_path):
