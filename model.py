@@ -169,9 +169,9 @@ class Llama(nn.Module):
 
         context has positions (B, T) and attend(layer, q, k, v), which decides what each token
         sees: CausalContext by default, dpo.PackedBatch in training, sample.Prefill and
-        sample.DecodeStep in sampling. `readout(hidden, lm_head)` takes
-        the place of the logits where a caller needs less than all of them; it runs inside
-        forward, where FSDP has the head's weight at hand.
+        sample.DecodeStep in sampling. `readout(hidden, lm_head)` takes the place of the logits
+        where a caller needs less than all of them; it runs inside forward, where FSDP has the
+        head's weight at hand.
         """
         if context is None:
             context = CausalContext(tokens.shape[1], tokens.device)

@@ -691,12 +691,12 @@ def open_run(cfg: Config, mesh) -> Run:
     configuration."""
     data = read_data(cfg, Path(cfg.data))
     folder = Path(cfg.out)
-    for model_folder in (cfg.init, cfg.writer or cfg.init):
+    for model_folder in filter(None, (cfg.init, cfg.writer)):
         check_tp(read_shape(model_folder)[0], cfg.tp, model_folder)
     paths = [path for path in (Path(cfg.data) / name for name in DATA_FILES) if path.exists()]
     files = {path.name: fingerprint(path.read_bytes()) for path in paths}
     files["init"] = fingerprint_model(Path(cfg.init))
-    files["writer"] = fingerprint_model(Path(cfg.writer or cfg.init))
+    files["writer"] = fingerprint_model(Path(cfg.writer)) if cfg.writer else files["init"]
     path = folder / "config.json"
     saved = read_json(path) if path.exists() else {}
     check_same_run(cfg, saved, files, path)
@@ -1058,8 +1058,8 @@ def validate(cfg: Config) -> Config:
         ("candidates", cfg.candidates >= 2, "at least 2, or there is nothing to prefer"),
         ("top_p", 0 < cfg.top_p <= 1, "in (0, 1]"),
         ("dropout", 0 <= cfg.dropout < 1, "in [0, 1)"),
-        ("init", cfg.init, "the folder of the pretrained model, M0"),
         ("dtype", cfg.dtype in ("", "float32", "bfloat16"), "float32 or bfloat16"),
+        ("init", cfg.init, "the folder of the pretrained model, M0"),
     ]
     for name, holds, rule in rules:
         if not holds:
